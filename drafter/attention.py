@@ -1,0 +1,194 @@
+"""Which keys a block slot sees, and the attention that obeys it.
+
+Legend: B rows, S context tokens, A anchors, K block size, Q = A*K queries, H heads, E head size.
+
+Keys are the S context positions followed by the Q block slots. One definition, `is_visible`,
+serves the dense mask of SDPA, flex_attention's mask and the element-by-element test.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AttentionKind = Literal["auto", "sdpa", "flex"]
+
+FLEX_MIN_SCORES = 1 << 22
+"""`auto` takes flex_attention on CUDA from this many scores per row and head (Q * (S + Q))."""
+
+
+def is_visible(
+    query: Tensor,
+    key: Tensor,
+    anchor: Tensor,
+    anchor_document: Tensor,
+    key_document: Tensor,
+    context_length: int,
+    block_size: int,
+) -> Tensor:
+    """Returns whether block slot `query` sees key `key` (method.md, Visibility); broadcasts.
+
+    A slot sees context position p iff p < anchor (strictly: at inference the anchor token has not
+    been through the target) in the anchor's document, and every slot of its own block. Blocks
+    never see each other. An invalid block (anchor -1) sees itself only, which keeps its softmax
+    finite.
+
+    Args:
+        query: Flattened slot index a*K + k.
+        key: Key index; below `context_length` a context position, else context_length + slot.
+        anchor: Row index of the query block's anchor, -1 for an invalid block.
+        anchor_document: Document id at that anchor.
+        key_document: Document id at context position `key` (any value for block keys), -1 for
+            padding.
+        context_length: S.
+        block_size: K.
+    """
+    in_context = key < context_length
+    sees_context = (key < anchor) & (key_document == anchor_document) & (key_document >= 0)
+    same_block = (key - context_length) // block_size == query // block_size
+    return torch.where(in_context, sees_context, same_block)
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """A mask in the form that the chosen attention takes; exactly one field is set."""
+
+    dense: Tensor | None = None
+    """(B, 1, Q, S + Q) bool, True where visible."""
+    flex: Any = None
+    """A `torch.nn.attention.flex_attention.BlockMask`."""
+
+
+def build_visibility(
+    anchors_BA: Tensor,
+    document_ids_BS: Tensor,
+    block_size: int,
+    attention: AttentionKind = "auto",
+) -> Visibility:
+    """Returns the visibility of B x A blocks over their rows.
+
+    Args:
+        anchors_BA: (B, A) int64 row indices of the anchors, -1 for invalid blocks.
+        document_ids_BS: (B, S) int64, -1 at padding. S is the length of the encoded context.
+        block_size: K.
+        attention: `sdpa` (dense mask), `flex` (CUDA only), or `auto`: flex where it pays.
+    """
+    if choose_attention(attention, anchors_BA, document_ids_BS.shape[1], block_size) == "flex":
+        return Visibility(flex=_flex_mask(anchors_BA, document_ids_BS, block_size))
+    return Visibility(dense=_dense_mask(anchors_BA, document_ids_BS, block_size))
+
+
+def choose_attention(
+    attention: AttentionKind, anchors_BA: Tensor, context_length: int, block_size: int
+) -> Literal["sdpa", "flex"]:
+    """Returns the attention to use; `auto` goes by device and work size."""
+    if attention != "auto":
+        return attention
+    queries = anchors_BA.shape[1] * block_size
+    large = queries * (context_length + queries) >= FLEX_MIN_SCORES
+    return "flex" if anchors_BA.is_cuda and large and _flex_works() else "sdpa"
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | None) -> Tensor:
+    """Returns softmax(q k / sqrt(E)) v over the visible keys.
+
+    Args:
+        query: (B, H, Q, E).
+        key: (B, H_kv, S + Q, E); H_kv divides H.
+        value: Like `key`.
+        visibility: None lets every query see every key (one block at inference).
+    """
+    if visibility is not None and visibility.flex is not None:
+        out: Tensor = _compiled_flex()(query, key, value, block_mask=visibility.flex)
+        return out
+    groups = query.shape[1] // key.shape[1]
+    # SDPA's fused kernels refuse a mask together with enable_gqa
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    mask = None if visibility is None else visibility.dense
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _anchor_documents(anchors_BA: Tensor, document_ids_BS: Tensor) -> Tensor:
+    return document_ids_BS.gather(1, anchors_BA.clamp(0, document_ids_BS.shape[1] - 1))
+
+
+def _dense_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) -> Tensor:
+    context_length = document_ids_BS.shape[1]
+    slots = anchors_BA.shape[1] * block_size
+    device = anchors_BA.device
+    anchor_BQ1 = anchors_BA.repeat_interleave(block_size, 1).unsqueeze(-1)
+    document_BQ1 = _anchor_documents(anchors_BA, document_ids_BS)
+    document_BQ1 = document_BQ1.repeat_interleave(block_size, 1).unsqueeze(-1)
+    key_document_B1K = F.pad(document_ids_BS, (0, slots), value=-1).unsqueeze(1)
+    query_1Q1 = torch.arange(slots, device=device).view(1, -1, 1)
+    key_11K = torch.arange(context_length + slots, device=device).view(1, 1, -1)
+    return is_visible(
+        query_1Q1, key_11K, anchor_BQ1, document_BQ1, key_document_B1K, context_length, block_size
+    ).unsqueeze(1)
+
+
+def _flex_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) -> Any:
+    rows, context_length = document_ids_BS.shape
+    slots = anchors_BA.shape[1] * block_size
+    anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        block = q // block_size
+        key_document = document_ids_BS[b, kv.clamp(max=context_length - 1)]
+        return is_visible(
+            q,
+            kv,
+            anchors_BA[b, block],
+            anchor_document_BA[b, block],
+            key_document,
+            context_length,
+            block_size,
+        )
+
+    on_cuda = anchors_BA.is_cuda
+    create = _compiled_create_block_mask() if on_cuda else _flex_module().create_block_mask
+    return create(
+        mask_mod, rows, None, slots, context_length + slots, device=str(anchors_BA.device)
+    )
+
+
+def _flex_module() -> Any:
+    from torch.nn.attention import flex_attention
+
+    return flex_attention
+
+
+@functools.cache
+def _compiled_create_block_mask() -> Callable[..., Any]:
+    return torch.compile(_flex_module().create_block_mask, dynamic=True)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    flex = functools.partial(_flex_module().flex_attention, enable_gqa=True)
+    # uncompiled flex on a CPU is the slow reference that tests use
+    return torch.compile(flex, dynamic=True) if torch.cuda.is_available() else flex
+
+
+@functools.cache
+def _flex_works() -> bool:
+    """Tries one small compiled forward and backward; some cards lack the shared memory it needs."""
+    try:
+        document_ids = torch.zeros(1, 256, dtype=torch.long, device="cuda")
+        anchors = torch.arange(8, 40, 4, device="cuda").unsqueeze(0)
+        mask = _flex_mask(anchors, document_ids, 16)
+        query = torch.randn(1, 4, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        key = torch.randn(1, 2, 384, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        _compiled_flex()(query, key, key, block_mask=mask).sum().backward()
+        return True
+    except Exception as error:
+        message = f"flex_attention does not work here, using SDPA instead: {error}"
+        warnings.warn(message, stacklevel=2)
+        return False

@@ -1,0 +1,170 @@
+"""Anchors to block inputs, labels, cumulative validity and positions; the batch of training.
+
+Legend: B rows, S tokens per row, A anchors per row, K block size, N = K-1 drafted slots,
+L tapped layers, D hidden size.
+
+The conventions of slot 0 and of offsets live here: slot k of a block sits at row index anchor + k
+and predicts the token there (same-position prediction, no shift); slot 0 is the anchor itself,
+never scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INVALID_ANCHOR = -1
+PADDING_DOCUMENT = -1
+
+
+@dataclass
+class DraftBatch:
+    """Rows of conversations with their anchors, with or without the target's hidden states.
+
+    Attributes:
+        input_ids: (B, S) int64, right-padded.
+        supervised: (B, S) bool, tokens that the target would have to write.
+        document_ids: (B, S) int64, which document of the row a token belongs to; -1 at padding.
+        positions: (B, S) int64, position within the document.
+        anchors: (B, A) int64 row indices, ascending; -1 for an invalid block.
+        sample_ids: (B,) int64, the row's place in its source.
+        valid_counts: (N,) int64, valid slots of this batch at each drafted position.
+        window_counts: (N,) int64, the same summed over the accumulation window (this rank only).
+        hidden_states: (B, S, L*D) tapped layers side by side, or None before they are added.
+        last_hidden: (B, S, D) what the head reads (after the final norm), if a loss asks for it.
+    """
+
+    input_ids: Tensor
+    supervised: Tensor
+    document_ids: Tensor
+    positions: Tensor
+    anchors: Tensor
+    sample_ids: Tensor
+    valid_counts: Tensor | None = None
+    window_counts: Tensor | None = None
+    hidden_states: Tensor | None = None
+    last_hidden: Tensor | None = None
+    num_slots: int | None = None
+    """Valid slots of this batch, known on the host so that the step needs no device sync."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DraftBatch:
+        """Returns a copy whose tensors are on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> DraftBatch:
+        """Returns a copy in page-locked memory (called by torch's DataLoader)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: object) -> DraftBatch:
+        assert callable(function)
+        values = {
+            field.name: function(value) if isinstance(value, Tensor) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        return DraftBatch(**values)
+
+
+@dataclass
+class Blocks:
+    """Draft blocks of a batch.
+
+    Attributes:
+        anchors: (B, A) int64, -1 for an invalid block.
+        input_ids: (B, A, K) int64, the anchor token followed by mask tokens.
+        labels: (B, A, N) int64, token at anchor + k for k = 1..N; 0 where not valid.
+        valid: (B, A, N) bool, cumulative: slot k iff slots 1..k lie in the anchor's document and
+            its supervised span.
+        positions: (B, A, K) int64, position in the document, for RoPE.
+    """
+
+    anchors: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    valid: Tensor
+    positions: Tensor
+
+
+def candidates(supervised_S: np.ndarray, document_ids_S: np.ndarray | None = None) -> np.ndarray:
+    """Returns the indices that may be anchors: supervised, and the next token is supervised too.
+
+    Args:
+        supervised_S: (S,) bool.
+        document_ids_S: (S,) int, or None for a single document.
+    """
+    both = supervised_S[:-1] & supervised_S[1:]
+    if document_ids_S is not None:
+        both = both & (document_ids_S[:-1] == document_ids_S[1:]) & (document_ids_S[:-1] >= 0)
+    return np.flatnonzero(both)
+
+
+def sample_anchors(
+    supervised_S: np.ndarray, num_anchors: int, *, seed: int, sample_id: int, epoch: int
+) -> np.ndarray:
+    """Returns (num_anchors,) int64 anchors of one document, ascending, padded with -1.
+
+    Drawn without replacement as a pure function of (seed, sample_id, epoch): neither the batch's
+    other samples nor the order of calls matters.
+
+    Args:
+        supervised_S: (S,) bool of one document.
+        num_anchors: A; documents with fewer candidates give invalid blocks.
+        seed: The run's seed.
+        sample_id: The row's place in its source.
+        epoch: Training epoch.
+    """
+    found = candidates(np.asarray(supervised_S, dtype=bool))
+    if len(found) > num_anchors:
+        key = np.random.SeedSequence((seed, sample_id, epoch))
+        draw = np.random.Generator(np.random.Philox(key))
+        found = np.sort(draw.choice(found, size=num_anchors, replace=False))
+    anchors = np.full(num_anchors, INVALID_ANCHOR, dtype=np.int64)
+    anchors[: len(found)] = found
+    return anchors
+
+
+def build_blocks(batch: DraftBatch, block_size: int, mask_token_id: int) -> Blocks:
+    """Returns the blocks at `batch.anchors`; runs where the batch is, without a device sync.
+
+    Args:
+        batch: Rows with anchors.
+        block_size: K.
+        mask_token_id: Fills slots 1..N of the input.
+    """
+    anchors_BA = batch.anchors
+    rows, length = batch.input_ids.shape
+    num_anchors = anchors_BA.shape[1]
+    is_block_BA1 = (anchors_BA >= 0).unsqueeze(-1)
+    offsets_K = torch.arange(block_size, device=anchors_BA.device)
+    index_BAK = anchors_BA.clamp(min=0).unsqueeze(-1) + offsets_K
+    inside_BAK = (index_BAK < length) & is_block_BA1
+    flat_index = index_BAK.clamp(max=length - 1).view(rows, -1)
+
+    def at_slots(tensor_BS: Tensor) -> Tensor:
+        return tensor_BS.gather(1, flat_index).view(rows, num_anchors, block_size)
+
+    tokens_BAK = at_slots(batch.input_ids)
+    documents_BAK = at_slots(batch.document_ids)
+    own_BAK = inside_BAK & at_slots(batch.supervised) & (documents_BAK == documents_BAK[..., :1])
+    own_BAK = own_BAK & (documents_BAK >= 0)
+    # cumulative: a gap (an unsupervised token, another document) ends the block for good
+    valid_BAN = own_BAK[..., 1:].long().cumprod(-1).bool()
+    input_ids_BAK = torch.full_like(tokens_BAK, mask_token_id)
+    input_ids_BAK[..., 0] = torch.where(is_block_BA1[..., 0], tokens_BAK[..., 0], mask_token_id)
+    anchor_position_BA1 = at_slots(batch.positions)[..., :1]
+    return Blocks(
+        anchors=anchors_BA,
+        input_ids=input_ids_BAK,
+        labels=torch.where(valid_BAN, tokens_BAK[..., 1:], 0),
+        valid=valid_BAN,
+        positions=anchor_position_BA1 + offsets_K,
+    )
+
+
+def count_valid(batch: DraftBatch, block_size: int) -> Tensor:
+    """Returns (N,) int64: the batch's valid slots at each drafted position."""
+    return build_blocks(batch, block_size, mask_token_id=0).valid.flatten(0, 1).sum(0)

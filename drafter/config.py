@@ -1,0 +1,122 @@
+"""The drafter's configuration, in the flat layout that published DFlash drafters use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen3Config
+
+from drafter.errors import UserError
+
+MAX_BLOCK_SIZE = 64
+
+
+class DrafterConfig(Qwen3Config):
+    """A flat Qwen3 config plus what a block-diffusion drafter needs (method.md, last section).
+
+    Attributes:
+        block_size: K, tokens per block with the anchor slot; 2 to 64.
+        num_target_layers: Decoder layers of the target that it was made for.
+        dflash_config: `mask_token_id` and `target_layer_ids` (0-based decoder layers; id i is the
+            output of layer i), kept in one mapping as vLLM and SGLang read it.
+    """
+
+    block_size: int = 16
+    num_target_layers: int = 0
+    dflash_config: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.architectures = ["DFlashDraftModel"]
+        dflash = dict(self.dflash_config or {})
+        # newer published configs carry the block size inside dflash_config
+        self.block_size = int(dflash.pop("block_size", self.block_size))
+        self.dflash_config = dflash
+        check_block_size(self.block_size)
+
+    @property
+    def num_drafted(self) -> int:
+        """N = K - 1, the drafted slots of a block."""
+        return self.block_size - 1
+
+    @property
+    def mask_token_id(self) -> int:
+        """Token id at slots 1..N of a block's input."""
+        return int(self._dflash("mask_token_id"))
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        """The L tapped decoder layers of the target, in the order of the columns of `fc`."""
+        return tuple(int(i) for i in self._dflash("target_layer_ids"))
+
+    def _dflash(self, key: str) -> Any:
+        if key not in (self.dflash_config or {}):
+            raise UserError(f"The drafter's config.json has no dflash_config.{key}; add it.")
+        return (self.dflash_config or {})[key]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form, with both rope schemas for readers of either age."""
+        out: dict[str, Any] = super().to_dict()
+        out["architectures"] = ["DFlashDraftModel"]  # save_pretrained writes the class's name
+        rope = dict(out.get("rope_parameters") or {})
+        out["rope_theta"] = rope.pop("rope_theta", None)
+        out["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        return out
+
+    @classmethod
+    def for_target(
+        cls,
+        target_config: PreTrainedConfig,
+        *,
+        block_size: int,
+        num_layers: int,
+        target_layer_ids: tuple[int, ...],
+        mask_token_id: int,
+        intermediate_size: int | None = None,
+    ) -> DrafterConfig:
+        """Returns a config whose widths, heads and rope are the target's.
+
+        Args:
+            target_config: The target's (text) config.
+            block_size: K.
+            num_layers: Drafter layers.
+            target_layer_ids: Tapped layers, checked by `drafter.target.check_layer_ids`.
+            mask_token_id: See `drafter.mask_token`.
+            intermediate_size: Width of the SwiGLU; the target's by default.
+        """
+        heads = target_config.num_attention_heads
+        head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
+        return cls(
+            vocab_size=target_config.vocab_size,
+            hidden_size=target_config.hidden_size,
+            intermediate_size=intermediate_size or target_config.intermediate_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(target_config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            max_position_embeddings=target_config.max_position_embeddings,
+            rms_norm_eps=target_config.rms_norm_eps,
+            rope_parameters=_full_attention_rope(target_config),
+            tie_word_embeddings=False,
+            block_size=block_size,
+            num_target_layers=target_config.num_hidden_layers,
+            dflash_config={
+                "mask_token_id": mask_token_id,
+                "target_layer_ids": list(target_layer_ids),
+            },
+        )
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises UserError unless 2 <= K <= 64: a block of 1 has nothing to draft."""
+    if not 2 <= block_size <= MAX_BLOCK_SIZE:
+        raise UserError(
+            f"block_size is {block_size}, but a block holds the anchor and at least one drafted "
+            f"slot: choose 2 to {MAX_BLOCK_SIZE}."
+        )
+
+
+def _full_attention_rope(target_config: PreTrainedConfig) -> dict[str, Any]:
+    """Returns the rope of full-attention layers (Gemma-3 keeps one set per layer type)."""
+    rope = dict(target_config.rope_parameters)
+    return dict(rope["full_attention"]) if "full_attention" in rope else rope

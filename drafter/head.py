@@ -1,0 +1,167 @@
+"""Scores drafter states against the target's frozen head, a chunk of slots at a time.
+
+Legend: T scored slots (flattened), D hidden size, V vocabulary (rows of the head), C slots in a
+chunk.
+
+The head never trains, so `d log q(y) / d hidden` needs nothing that the forward pass has not
+already at
+hand: it is computed there, one chunk at a time, and kept as (T, D). The backward pass is then one
+multiplication by the upstream gradient; no (T, V) tensor and no head gradient is ever formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 23}
+"""Most logits held at once, by device: 2^26 fp32 values are 256 MiB, and about two such buffers
+live together. A CPU is faster with chunks that stay near its caches."""
+
+
+class SlotScores(NamedTuple):
+    """What the head says of each scored slot."""
+
+    log_prob: Tensor
+    """(T,) fp32 (fp64 for an fp64 head), log q(label)."""
+    correct: Tensor
+    """(T,) bool, whether the argmax (lowest id on ties) is the label."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenHead:
+    """The target's output projection: `logits = softcap(scale * (hidden @ weight.T + bias))`.
+
+    Args:
+        weight: (V, D), any float dtype. Its dtype is the one the matrix products run in.
+        bias: (V,) or None.
+        scale: Multiplies the logits (Cohere's `logit_scale`; the inverse of Granite's
+            `logits_scaling`).
+        softcap: Gemma's final soft-capping `c * tanh(logits / c)`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows."""
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns logits (..., V) in fp32 (fp64 for an fp64 head) of hidden states (..., D)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            flat_TD = hidden.reshape(-1, hidden.shape[-1]).to(self.weight.dtype)
+            logits_TV = _matmul_fp32(flat_TD, self.weight.t())
+            if self.bias is not None:
+                logits_TV = logits_TV + self.bias.to(logits_TV.dtype)
+            if self.scale != 1.0:
+                logits_TV = logits_TV * self.scale
+            if self.softcap is not None:
+                logits_TV = self.softcap * torch.tanh(logits_TV / self.softcap)
+        return logits_TV.reshape(*hidden.shape[:-1], -1)
+
+    def chunk_rows(self) -> int:
+        """Returns how many slots' logits are held at once on the head's device."""
+        elements = CHUNK_ELEMENTS.get(self.weight.device.type, CHUNK_ELEMENTS["cuda"])
+        return max(1, elements // self.vocab_size)
+
+
+def score_slots(
+    head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, chunk_rows: int | None = None
+) -> SlotScores:
+    """Returns log-probabilities and correctness of labels, differentiable in `hidden_TD` only.
+
+    Args:
+        head: The target's frozen head.
+        hidden_TD: (T, D) drafter states after its final norm; T may be 0.
+        labels_T: (T,) int64 token ids.
+        chunk_rows: Slots per chunk; default by `CHUNK_ELEMENTS`.
+    """
+    if hidden_TD.requires_grad and torch.is_grad_enabled():
+        log_prob_T, correct_T = _ScoreSlots.apply(head, hidden_TD, labels_T, chunk_rows)
+    else:
+        log_prob_T, correct_T, _ = _score(head, hidden_TD, labels_T, chunk_rows, False)
+    return SlotScores(log_prob_T, correct_T)
+
+
+class _ScoreSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, chunk_rows: int | None
+    ) -> tuple[Tensor, Tensor]:
+        log_prob_T, correct_T, slope_TD = _score(head, hidden_TD, labels_T, chunk_rows, True)
+        ctx.save_for_backward(slope_TD)
+        ctx.mark_non_differentiable(correct_T)
+        return log_prob_T, correct_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_prob_T: Tensor, _: Tensor) -> tuple[Any, ...]:
+        (slope_TD,) = ctx.saved_tensors
+        grad_TD = grad_log_prob_T.unsqueeze(-1) * slope_TD
+        return None, grad_TD.to(slope_TD.dtype), None, None
+
+
+@torch.no_grad()
+def _score(
+    head: FrozenHead,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    chunk_rows: int | None,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns log q(label) (T,), correctness (T,) and d log q(label) / d hidden (T, D or 0)."""
+    rows = chunk_rows or head.chunk_rows()
+    score_dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    log_prob_T = torch.empty(len(labels_T), dtype=score_dtype, device=hidden_TD.device)
+    correct_T = torch.empty(len(labels_T), dtype=torch.bool, device=hidden_TD.device)
+    slope_TD = torch.empty_like(hidden_TD) if with_slope else hidden_TD.new_empty(0)
+    for start in range(0, len(labels_T), rows):
+        part = slice(start, start + rows)
+        labels_C1 = labels_T[part].unsqueeze(-1)
+        logits_CV = head.logits(hidden_TD[part])
+        top_C1, top_id_C1 = logits_CV.max(dim=-1, keepdim=True)
+        label_logit_C1 = logits_CV.gather(-1, labels_C1)
+        cap_slope_CV = None
+        if with_slope and head.softcap is not None:
+            cap_slope_CV = 1 - (logits_CV / head.softcap).square()
+        probs_CV = logits_CV.sub_(top_C1).exp_()  # in place: one (C, V) buffer serves both
+        total_C1 = probs_CV.sum(dim=-1, keepdim=True)
+        log_prob_T[part] = (label_logit_C1 - top_C1 - total_C1.log()).squeeze(-1)
+        correct_T[part] = (top_id_C1 == labels_C1).squeeze(-1)
+        if with_slope:
+            slope_TD[part] = _slope(head, probs_CV, total_C1, labels_C1, cap_slope_CV)
+    return log_prob_T, correct_T, slope_TD
+
+
+def _slope(
+    head: FrozenHead,
+    exp_CV: Tensor,
+    total_C1: Tensor,
+    labels_C1: Tensor,
+    cap_slope_CV: Tensor | None,
+) -> Tensor:
+    """Returns `d log q(y) / d hidden = scale * (cap'_y W_y - sum_v q_v cap'_v W_v)`, (C, D)."""
+    label_rows_CD = head.weight[labels_C1.squeeze(-1)].to(exp_CV.dtype)
+    if cap_slope_CV is not None:
+        label_rows_CD = label_rows_CD * cap_slope_CV.gather(-1, labels_C1)
+        exp_CV = exp_CV.mul_(cap_slope_CV)
+    with torch.autocast(exp_CV.device.type, enabled=False):
+        mean_CD = _matmul_fp32(exp_CV.to(head.weight.dtype), head.weight) / total_C1
+    return (label_rows_CD - mean_CD) * head.scale
+
+
+def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """Returns `left @ right` with an fp32 result, without rounding sums to bf16 where it can."""
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right
+    if left.is_cuda and not (left.requires_grad and torch.is_grad_enabled()):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()

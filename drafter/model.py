@@ -1,0 +1,235 @@
+"""The block-diffusion drafter (DFlash, arXiv 2602.06036): one denoising step over blocks.
+
+Legend: B rows, S context tokens, A blocks per row, K block size, D hidden size, L tapped layers,
+H heads, G key/value heads, E head size.
+
+Training, replay and decoding run the same two functions: `encode_context` turns the target's
+features into keys and values (appending to those already there), `denoise` runs blocks over them.
+Decoding is the case of one block behind the whole context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from drafter.attention import Visibility, attend
+from drafter.config import DrafterConfig
+
+
+@dataclass
+class DraftContext:
+    """Keys and values of the context features, per drafter layer; committed tokens only."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    """Per layer (B, G, S, E), after q/k norm and RoPE."""
+    values: list[Tensor] = field(default_factory=list)
+    """Per layer (B, G, S, E)."""
+
+    @property
+    def length(self) -> int:
+        """S, context positions held."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in the input's dtype with fp32 statistics; weight (D,)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised and scaled x (..., D)."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class DraftAttention(nn.Module):
+    """Queries from the block; keys and values from [context ; block] with the same projections."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        width, head_dim = config.hidden_size, config.head_dim
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        bias = config.attention_bias
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def keys_values(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns keys and values (B, G, S, E) of states (B, S, D) at `rope`'s positions."""
+        values_BGSE = self._heads(self.v_proj(x_BSD))
+        keys_BGSE = rotate(self.k_norm(self._heads(self.k_proj(x_BSD))), rope)
+        return keys_BGSE.to(values_BGSE.dtype), values_BGSE
+
+    def forward(
+        self,
+        block_BQD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        context: tuple[Tensor, Tensor],
+        visibility: Visibility | None,
+    ) -> Tensor:
+        """Returns (B, Q, D) for Q = A*K flattened block slots."""
+        query_BHQE = rotate(self.q_norm(self._heads(self.q_proj(block_BQD))), rope)
+        keys_BGQE, values_BGQE = self.keys_values(block_BQD, rope)
+        keys = torch.cat((context[0], keys_BGQE), dim=2)
+        values = torch.cat((context[1], values_BGQE), dim=2)
+        out_BHQE = attend(query_BHQE.to(values.dtype), keys, values, visibility)
+        out: Tensor = self.o_proj(out_BHQE.transpose(1, 2).flatten(2))
+        return out
+
+    def _heads(self, x_BSF: Tensor) -> Tensor:
+        rows, length, _ = x_BSF.shape
+        return x_BSF.view(rows, length, -1, self.head_dim).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP of the Qwen3 family."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (..., D) of x (..., D)."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DraftLayer(nn.Module):
+    """Pre-norm block; `input_layernorm` acts on the block stream only, the context enters raw."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DraftAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        context: tuple[Tensor, Tensor],
+        visibility: Visibility | None,
+    ) -> Tensor:
+        """Returns (B, Q, D)."""
+        x_BQD = x_BQD + self.self_attn(self.input_layernorm(x_BQD), rope, context, visibility)
+        out_BQD: Tensor = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
+        return out_BQD
+
+
+class Drafter(PreTrainedModel):
+    """DFlash drafter without embedding and head: both are borrowed from the target.
+
+    State-dict keys are those of the published layout (method.md, last section): `fc.weight`,
+    `hidden_norm.weight`, `norm.weight` and 11 per layer.
+    """
+
+    config_class = DrafterConfig
+    config: DrafterConfig
+    base_model_prefix = ""
+    _no_split_modules = ["DraftLayer"]
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
+        self.hidden_norm = RMSNorm(width, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.post_init()
+
+    def encode_context(
+        self,
+        hidden_states: Tensor,
+        positions: Tensor,
+        context: DraftContext | None = None,
+    ) -> DraftContext:
+        """Returns keys and values of target features, appended to `context` if given.
+
+        Args:
+            hidden_states: (B, S, L*D) tapped layers side by side, in the config's order.
+            positions: (B, S) int64 positions within the document.
+            context: What earlier calls returned; it is not changed.
+        """
+        features_BSD = self.hidden_norm(self.fc(hidden_states.to(self._input_dtype())))
+        rope = self._rope(positions)
+        new = [layer.self_attn.keys_values(features_BSD, rope) for layer in self._layers()]
+        if context is None or context.length == 0:
+            return DraftContext([keys for keys, _ in new], [values for _, values in new])
+        return DraftContext(
+            [torch.cat((old, keys), 2) for old, (keys, _) in zip(context.keys, new, strict=True)],
+            [torch.cat((old, vals), 2) for old, (_, vals) in zip(context.values, new, strict=True)],
+        )
+
+    def denoise(
+        self,
+        block_embeds: Tensor,
+        block_positions: Tensor,
+        context: DraftContext,
+        visibility: Visibility | None = None,
+    ) -> Tensor:
+        """Returns states (B, A, K, D) for the target's head, after the final norm.
+
+        Args:
+            block_embeds: (B, A, K, D) target embeddings of the anchor token and of K-1 mask tokens.
+            block_positions: (B, A, K) int64 positions within the document.
+            context: Of the same B rows.
+            visibility: From `drafter.attention.build_visibility`; None for one block per row that
+                sees the whole context.
+        """
+        rows, blocks, block_size, _ = block_embeds.shape
+        assert visibility is not None or blocks == 1
+        x_BQD = block_embeds.flatten(1, 2).to(self._input_dtype())
+        rope = self._rope(block_positions.flatten(1))
+        for layer, keys, values in zip(self._layers(), context.keys, context.values, strict=True):
+            x_BQD = layer(x_BQD, rope, (keys, values), visibility)
+        out_BQD: Tensor = self.norm(x_BQD)
+        return out_BQD.view(rows, blocks, block_size, -1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        positions: Tensor,
+        block_embeds: Tensor,
+        block_positions: Tensor,
+        visibility: Visibility | None = None,
+    ) -> Tensor:
+        """Returns `denoise` over `encode_context`; shapes as there."""
+        context = self.encode_context(hidden_states, positions)
+        return self.denoise(block_embeds, block_positions, context, visibility)
+
+    def _layers(self) -> list[DraftLayer]:
+        return cast("list[DraftLayer]", list(self.layers))
+
+    def _rope(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cos and sin (B, S, E), always in fp32: bf16 angles are coarse."""
+        like = torch.empty(0, device=positions_BS.device, dtype=torch.float32)
+        cos, sin = self.rotary_emb(like, positions_BS)
+        return cos, sin
+
+    def _input_dtype(self) -> torch.dtype:
+        # under autocast the residual stream stays in the dtype of the (fp32) weights
+        return self.fc.weight.dtype
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns x (B, heads, S, E) rotated by rope's cos and sin (B, S, E), half-split convention."""
+    cos, sin = rope[0].unsqueeze(1), rope[1].unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
