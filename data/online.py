@@ -1,0 +1,284 @@
+"""OnlineHiddenStates: the LightningDataModule that runs the target on every batch.
+
+Legend: B rows, S tokens per row, L tapped layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from data.batches import BatchDataset
+from data.conversations import RowSet, load_rows
+from data.sampler import DraftLoader, EpochBatches, rank_and_world
+from drafter.blocks import DraftBatch
+from drafter.errors import UserError
+from drafter.target import Target, assert_finite_features
+
+
+class OnlineHiddenStates(LightningDataModule):
+    """Conversations plus the hidden states that a frozen target gives them, batch by batch.
+
+    The target is a plain object of this module, outside any module tree: it is in no checkpoint, no
+    optimizer and no DDP bucket. The LightningModule says what it needs (`feature_request`).
+
+    Args:
+        target: Hub id or folder of a causal LM, or a .gguf file.
+        gguf_file: Name of the GGUF file inside the folder or repository `target`.
+        target_dtype: dtype to load the target in; "auto" takes the checkpoint's (fp32 for GGUF).
+        target_revision: Hub revision.
+        trust_remote_code: Run code from the target's repository.
+        train_data: Files (json, jsonl, parquet; plain or .gz) or a hub id: conversations,
+            prompt/response pairs or prompt_ids/response_ids.
+        train_split: Split of a hub data set.
+        streaming: Tokenise a hub data set into an on-disk token file as it arrives.
+        val_data: Like train_data; None holds out the first `val_rows` rows of train_data.
+        val_rows: Rows held out (or, with val_data, rows taken of it; 0 takes all).
+        limit_rows: Use at most this many rows of train_data, held-out rows included; None for all.
+        max_length: Longest row in tokens; longer ones are cut, and counted.
+        block_size: K. The CLI links it to model.block_size.
+        num_anchors: Draft blocks per row and epoch.
+        batch_size: Rows per rank and micro-batch.
+        val_batch_size: Rows per rank in validation; None for batch_size.
+        num_workers: Loader processes.
+        pad_multiple: Row lengths are padded to a multiple of this.
+        keep_in_memory: Keep every row's features after its first use: in host RAM (true), or on
+            the accelerator ("device"). For small sets: it takes L*D values a token.
+        seed: Of order and anchors. The CLI links it to seed_everything.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        train_data: str | list[str] = "",
+        gguf_file: str | None = None,
+        target_dtype: str = "auto",
+        target_revision: str | None = None,
+        trust_remote_code: bool = False,
+        train_split: str = "train",
+        streaming: bool = False,
+        val_data: str | list[str] | None = None,
+        val_rows: int = 0,
+        limit_rows: int | None = None,
+        max_length: int = 2048,
+        block_size: int = 16,
+        num_anchors: int = 48,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        pad_multiple: int = 1,
+        keep_in_memory: bool | Literal["device"] = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.target_path = target
+        self.gguf_file = gguf_file
+        self.target_dtype = target_dtype
+        self.target_revision = target_revision
+        self.trust_remote_code = trust_remote_code
+        self.train_data = train_data
+        self.train_split = train_split
+        self.streaming = streaming
+        self.val_data = val_data
+        self.val_rows = val_rows
+        self.limit_rows = limit_rows
+        self.max_length = max_length
+        self.block_size = block_size
+        self.num_anchors = num_anchors
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.num_workers = num_workers
+        self.pad_multiple = pad_multiple
+        self.keep_in_memory = keep_in_memory
+        self.seed = seed
+        self._target: Target | None = None
+        self._train_rows: RowSet | None = None
+        self._val_rows: RowSet | None = None
+        self._kept: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+
+    @property
+    def target(self) -> Target:
+        """The frozen target, loaded by `setup`."""
+        assert self._target is not None, "setup() has not run"
+        return self._target
+
+    @property
+    def train_rows(self) -> RowSet:
+        """The rows trained on, loaded by `setup("fit")`."""
+        assert self._train_rows is not None, "setup('fit') has not run"
+        return self._train_rows
+
+    @property
+    def val_row_set(self) -> RowSet | None:
+        """The held-out rows, or None."""
+        return self._val_rows
+
+    def setup(self, stage: str) -> None:
+        """Loads the target onto this rank's device, and the rows that `stage` needs."""
+        if self._target is None:
+            device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+            self._target = Target.load(
+                self.target_path,
+                gguf_file=self.gguf_file,
+                dtype=self.target_dtype,
+                device=device,
+                revision=self.target_revision,
+                trust_remote_code=self.trust_remote_code,
+            )
+        if stage in ("fit", "validate", "test") and self._train_rows is None:
+            self._load_rows(training=stage == "fit")
+
+    def _load_rows(self, training: bool) -> None:
+        if not self.train_data:
+            raise UserError("No training data: set --data.train_data to files or a hub id.")
+        held_out = self.val_rows if self.val_data is None else 0
+        if training:
+            limit = None if self.limit_rows is None else self.limit_rows - held_out
+            self._train_rows = self._rows(self.train_data, skip=held_out, limit=limit)
+            rank_zero_info(f"Training rows: {self._train_rows.report}")
+        if self.val_data is not None:
+            self._val_rows = self._rows(self.val_data, skip=0, limit=self.val_rows or None)
+        elif held_out:
+            self._val_rows = self._rows(self.train_data, skip=0, limit=held_out)
+        if self._val_rows is not None:
+            rank_zero_info(f"Held-out rows: {self._val_rows.report}")
+
+    def _rows(self, source: str | list[str], skip: int, limit: int | None) -> RowSet:
+        return load_rows(
+            source,
+            self.target.tokenizer,
+            vocab_size=self.target.vocab_size,
+            max_length=self.max_length,
+            target_max_length=self.target.max_length,
+            skip=skip,
+            limit=limit,
+            split=self.train_split,
+            streaming=self.streaming,
+        )
+
+    def train_dataloader(self) -> DraftLoader:
+        """Returns this rank's resumable loader."""
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return self._loader(self.train_rows, self.batch_size, training=True, accumulate=accumulate)
+
+    def val_dataloader(self) -> DraftLoader | list[Any]:
+        """Returns this rank's share of the held-out rows, in order, with fixed anchors."""
+        if self._val_rows is None:
+            return []
+        return self._loader(self._val_rows, self.val_batch_size, training=False)
+
+    def test_dataloader(self) -> DraftLoader | list[Any]:
+        """Returns the held-out rows, as `val_dataloader`."""
+        return self.val_dataloader()
+
+    def steps_per_epoch(self) -> int:
+        """Returns optimizer steps per epoch, from sizes alone (no loader is touched)."""
+        _, world_size = rank_and_world(self.trainer)
+        batches = -(-len(self.train_rows) // (self.batch_size * world_size))
+        if self.trainer is None:
+            return batches
+        limit = self.trainer.limit_train_batches
+        if isinstance(limit, int):
+            batches = min(batches, limit)
+        elif limit < 1.0:
+            batches = int(batches * limit)
+        return -(-batches // self.trainer.accumulate_grad_batches)
+
+    def _loader(
+        self, rows: RowSet, batch_size: int, *, training: bool, accumulate: int = 1
+    ) -> DraftLoader:
+        rank, world_size = rank_and_world(self.trainer)
+        dataset = BatchDataset(
+            rows,
+            num_anchors=self.num_anchors,
+            block_size=self.block_size,
+            seed=self.seed,
+            pad_multiple=self.pad_multiple,
+            resample=training,
+        )
+        batches = EpochBatches(
+            len(rows),
+            batch_size,
+            seed=self.seed,
+            shuffle=training,
+            rank=rank,
+            world_size=world_size,
+        )
+        return DraftLoader(
+            dataset,
+            batches,
+            accumulate=accumulate,
+            num_workers=self.num_workers,
+            pin_memory=torch.device(self.target.device).type == "cuda",
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Adds the target's hidden states to a `DraftBatch` that is on the device already."""
+        if not isinstance(batch, DraftBatch):
+            return batch
+        assert self.trainer is not None
+        layer_ids, last_hidden = self.trainer.lightning_module.feature_request()
+        row_set = "train" if self.trainer.training or self._val_rows is None else "val"
+        return self.add_features(batch, layer_ids, last_hidden, row_set)
+
+    def add_features(
+        self,
+        batch: DraftBatch,
+        layer_ids: tuple[int, ...],
+        last_hidden: bool = False,
+        row_set: str = "train",
+    ) -> DraftBatch:
+        """Fills `hidden_states` (B, S, L*D) and, if asked, `last_hidden` (B, S, D).
+
+        Args:
+            batch: On the target's device.
+            layer_ids: Tapped layers.
+            last_hidden: Whether a loss or metric needs the target's distribution.
+            row_set: Which row set the sample ids count in, for `keep_in_memory`.
+
+        Raises:
+            UserError: A hidden state is NaN or infinite; names row, layer and position.
+        """
+        if self.keep_in_memory and self._fill_from_memory(batch, last_hidden, row_set):
+            return batch
+        features = self.target.features(
+            batch.input_ids, batch.document_ids, layer_ids, last_hidden=last_hidden
+        )
+        assert_finite_features(features.hidden_states, layer_ids, batch.sample_ids)
+        batch.hidden_states, batch.last_hidden = features
+        if self.keep_in_memory:
+            self._keep(batch, row_set)
+        return batch
+
+    def _keep(self, batch: DraftBatch, row_set: str) -> None:
+        assert batch.hidden_states is not None
+        place = batch.hidden_states.device if self.keep_in_memory == "device" else "cpu"
+        lengths = (batch.document_ids >= 0).sum(1).tolist()
+        for i, (sample, length) in enumerate(zip(batch.sample_ids.tolist(), lengths, strict=True)):
+            last = None if batch.last_hidden is None else batch.last_hidden[i, :length].to(place)
+            # a copy: a view would keep the whole padded batch alive
+            states = batch.hidden_states[i, :length].to(place, copy=True)
+            self._kept[row_set, sample] = (states, last)
+
+    def _fill_from_memory(self, batch: DraftBatch, last_hidden: bool, row_set: str) -> bool:
+        keys = [(row_set, sample) for sample in batch.sample_ids.tolist()]
+        if not all(key in self._kept for key in keys):
+            return False
+        kept = [self._kept[key] for key in keys]
+        device, length = batch.input_ids.device, batch.input_ids.shape[1]
+        batch.hidden_states = _pad([states for states, _ in kept], length, device)
+        if last_hidden:
+            batch.last_hidden = _pad([last for _, last in kept if last is not None], length, device)
+        return True
+
+
+def _pad(rows: list[Tensor], length: int, device: torch.device) -> Tensor:
+    """Returns (B, length, F) of rows (S_i, F), zero-padded."""
+    out = rows[0].new_zeros((len(rows), length, rows[0].shape[-1]), device=device)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row.to(device, non_blocking=True)
+    return out

@@ -1,0 +1,224 @@
+"""Rows of local files or of a hub data set, each with the place it came from.
+
+json and jsonl are read here rather than through `datasets`: a bad line is named by file and number,
+and already tokenised files need no further package.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafter.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_TORN = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A row as it was read.
+
+    Attributes:
+        index: its place in the whole source, over all files, from 0.
+        where: names it to a person: "chats.jsonl, line 12".
+        data: column -> value.
+    """
+
+    index: int
+    where: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: local files, or a data set of the hub.
+
+    Args:
+        source: a file or folder, a list of them, or a hub id ("org/name", or "org/name:config").
+        split: split of a hub data set; local files have none.
+        streaming: read a hub data set as it arrives rather than downloading it first.
+        revision: hub revision.
+        cache_dir: where `datasets` keeps downloads; None for its default.
+    """
+
+    source: str | Sequence[str]
+    split: str = "train"
+    streaming: bool = False
+    revision: str | None = None
+    cache_dir: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The source as the user wrote it."""
+        return self.source if isinstance(self.source, str) else ", ".join(map(str, self.source))
+
+    def files(self) -> list[Path] | None:
+        """Returns the local files, folders expanded in sorted order; None for a hub id.
+
+        Raises:
+            UserError: a file is missing, is of an unknown kind, or there is none.
+        """
+        given = [self.source] if isinstance(self.source, (str, Path)) else list(self.source)
+        if not given:
+            raise UserError("no data: the list of files is empty")
+        if len(given) == 1 and _is_hub_id(str(given[0])):
+            return None
+        files: list[Path] = []
+        for entry in given:
+            path = Path(entry).expanduser()
+            if path.is_dir():
+                inside = sorted(p for p in path.iterdir() if p.is_file() and file_suffix(p))
+                if not inside:
+                    raise UserError(f"{path}: no {', '.join(SUFFIXES)} file (or .gz) in it")
+                files += inside
+            elif not path.exists():
+                raise UserError(f"{path}: no such file or folder")
+            elif not file_suffix(path):
+                raise UserError(f"{path}: not one of {', '.join(SUFFIXES)}, plain or .gz")
+            else:
+                files.append(path)
+        return files
+
+    def rows(self, start: int = 0) -> Iterator[SourceRow]:
+        """Yields the rows from index `start` on.
+
+        Raises:
+            UserError: a file that cannot be read or a malformed line, with its number.
+        """
+        files = self.files()
+        if files is None:
+            yield from self._hub_rows(start)
+            return
+        every = (row for path in files for row in read_file(path))
+        for index, (where, data) in enumerate(every):
+            if index >= start:
+                yield SourceRow(index, where, data)
+
+    def _hub_rows(self, start: int) -> Iterator[SourceRow]:
+        import datasets
+
+        assert isinstance(self.source, str) or len(self.source) == 1
+        name = self.source if isinstance(self.source, str) else self.source[0]
+        path, _, config = name.partition(":")
+        try:
+            rows = datasets.load_dataset(
+                path,
+                config or None,
+                split=self.split,
+                streaming=self.streaming,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+            )
+        except Exception as error:  # datasets raises a dozen kinds for what a user can mend
+            raise UserError(
+                f"{name}: no such file, and `datasets` cannot load it as a hub id (split "
+                f"{self.split!r}): {type(error).__name__}: {error}"
+            ) from error
+        for index, data in enumerate(rows.skip(start) if start else rows, start):
+            yield SourceRow(index, f"{name}[{self.split}], row {index}", dict(data))
+
+
+def _is_hub_id(name: str) -> bool:
+    """A name that is no path here and does not look like one that is missing."""
+    path = Path(name).expanduser()
+    if path.exists() or file_suffix(path) or name.startswith((".", "/", "~")):
+        return False
+    return name.count("/") <= 1 and not name.endswith("/")
+
+
+def file_suffix(path: Path) -> str | None:
+    """Returns which of `SUFFIXES` the file has, whether or not .gz follows; None for another."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, row) of one json, jsonl or parquet file, plain or gzipped.
+
+    Raises:
+        UserError: the file is missing, torn or malformed; names file and line.
+    """
+    try:
+        if file_suffix(path) == ".parquet":
+            yield from _parquet_rows(path)
+        else:
+            yield from _json_rows(path)
+    except _TORN as error:
+        raise UserError(f"{path}: the gzip file is cut short or damaged ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rb")
+    return path.open("rb")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _open(path) as file:
+        # a .json file is one list, or (often) one object a line under the wrong name
+        if file_suffix(path) == ".json":
+            head = file.peek(256)[:256] if isinstance(file, io.BufferedReader) else file.read(256)
+            file.seek(0)
+            if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                yield from _list_rows(path, file.read())
+                return
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if line:
+                where = f"{path}, line {number}"
+                yield where, _as_row(_parse(line, where), where)
+
+
+def _list_rows(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
+    for index, row in enumerate(rows):
+        where = f"{path}, element {index}"
+        yield where, _as_row(row, where)
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one "
+            "whole object"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error})") from error
+
+
+def _as_row(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a row must be an object with named fields, not {value!r:.60}")
+    return value
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        packed = path.name.lower().endswith(".gz")
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(_open(path).read()) if packed else path)
+        # few rows at a time: a row may be a long conversation
+        batches = file.iter_batches(batch_size=256)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for index, row in enumerate(rows):
+            yield f"{path}, row {index}", row
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable parquet file: {error}") from error

@@ -1,0 +1,107 @@
+"""How a new drafter starts: from noise, from the target's final norm, or from its layers.
+
+Legend: D hidden size, L tapped layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from drafter.errors import UserError
+from drafter.model import Drafter
+
+InitFromTarget = Literal["norm", "layers", "none"]
+
+_COPIED = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+
+
+@torch.no_grad()
+def initialise_from_target(
+    drafter: Drafter, final_norm: nn.Module, target_layers: nn.ModuleList, how: InitFromTarget
+) -> None:
+    """Changes a freshly made drafter in place.
+
+    Args:
+        drafter: From `Drafter(config)`, weights drawn at `initializer_range`.
+        final_norm: The target's norm before its head.
+        target_layers: The target's decoder layers.
+        how: `norm` copies the final norm: at 1 against a large tied embedding the first step had
+            cross-entropy 19 and gradient norm 262 (method.md). `layers` also copies the target's
+            last layers, and starts `fc` as the projection onto the last tap, normalised as the
+            first copied layer would. `none` does nothing.
+
+    Raises:
+        UserError: `layers` with a target whose layers have other parts or shapes.
+    """
+    if how == "none":
+        return
+    drafter.norm.weight.copy_(effective_weight(final_norm, drafter.norm.weight))
+    if how == "norm":
+        return
+    count = len(drafter.layers)
+    if count > len(target_layers):
+        raise UserError(
+            f"init_from_target: layers needs {count} target layers, it has {len(target_layers)}; "
+            "use fewer drafter layers, or init_from_target: norm."
+        )
+    sources = list(target_layers)[-count:]
+    for index, (layer, source) in enumerate(zip(drafter.layers, sources, strict=True)):
+        for name in _COPIED:
+            _copy_linear(layer, source, name, index)
+        for name in _NORMS:
+            norm = _find(source, name)
+            if norm is not None:
+                weight = layer.get_submodule(name).weight
+                assert isinstance(weight, Tensor)
+                weight.copy_(effective_weight(norm, weight))
+    first_norm = _find(sources[0], "input_layernorm")
+    if first_norm is not None:
+        weight = drafter.hidden_norm.weight
+        weight.copy_(effective_weight(first_norm, weight))
+    width = drafter.config.hidden_size
+    drafter.fc.weight.zero_()
+    drafter.fc.weight[:, -width:].copy_(torch.eye(width))
+
+
+def effective_weight(norm: nn.Module, like: Tensor) -> Tensor:
+    """Returns an RMSNorm's scale (D,), also where the module stores it as 1 + w (Gemma).
+
+    A vector of ones has root mean square 1, so the norm's output at it is its scale.
+    """
+    weight = next(norm.parameters())
+    ones = torch.ones(1, 1, 1, like.shape[0], dtype=torch.float32, device=weight.device)
+    eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)) or 0.0)
+    out: Tensor = norm(ones.to(weight.dtype)).float() * (1.0 + eps) ** 0.5
+    return out.flatten().to(like)
+
+
+def _find(module: nn.Module, name: str) -> Any:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _copy_linear(layer: nn.Module, source: nn.Module, name: str, index: int) -> None:
+    ours, theirs = layer.get_submodule(name), _find(source, name)
+    weight = getattr(theirs, "weight", None)
+    assert isinstance(ours, nn.Linear)
+    if weight is None or weight.shape != ours.weight.shape:
+        shape = None if weight is None else tuple(weight.shape)
+        raise UserError(
+            f"init_from_target: layers can't copy {name} into drafter layer {index}: the target "
+            f"has {shape}, the drafter {tuple(ours.weight.shape)}; use init_from_target: norm."
+        )
+    ours.weight.copy_(weight.to(ours.weight))

@@ -1,0 +1,2 @@
+def prefix_match_lengths(correct, valid):
+    return (correct & valid).long().cumprod(1).sum(1)

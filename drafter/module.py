@@ -1,0 +1,369 @@
+"""DrafterModule: the LightningModule that trains a drafter with the combined loss.
+
+Legend: B rows, S tokens per row, A anchors per row, K block size, N drafted slots, D hidden size,
+L tapped layers, M = B*A blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from drafter.attention import AttentionKind, build_visibility
+from drafter.blocks import DraftBatch, build_blocks
+from drafter.config import DrafterConfig, check_block_size
+from drafter.errors import UserError
+from drafter.head import score_blocks
+from drafter.initialise import InitFromTarget, initialise_from_target
+from drafter.mask_token import choose_mask_token
+from drafter.model import Drafter
+from drafter.target import Target, check_layer_ids, default_layer_ids
+from drafter.training_log import WindowLog
+from losses.combined import CombinedLoss, LossOutput
+from losses.scores import BlockScores
+
+CHECKPOINT_KEY = "drafter_config"
+
+
+class DrafterModule(LightningModule):
+    """Trains a block-diffusion drafter; one drafter forward a step, whatever losses are on.
+
+    The target belongs to the datamodule. Its embedding and head are borrowed as plain objects, so
+    checkpoints hold drafter weights only.
+
+    Args:
+        loss: The combined loss; overlays in configs/losses.
+        block_size: K, tokens per block with the anchor slot.
+        num_layers: Drafter layers.
+        target_layer_ids: Tapped target layers (0-based; id i is the output of layer i), None for
+            `num_taps` evenly spread ones.
+        num_taps: Number of default taps, L.
+        mask_token_id: Input at drafted slots; None chooses one the tokenizer reserves.
+        intermediate_size: Width of the drafter's MLP; None for the target's.
+        init_from_target: Start the final norm (`norm`) or whole layers (`layers`) from the target.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: On matrices; norms have none.
+        betas: AdamW's moment decays.
+        warmup_fraction: Share of the steps with linear warm-up.
+        final_lr_fraction: Learning rate at the end of the cosine, as a share of the peak.
+        total_steps: Optimizer steps of the schedules; None takes trainer.max_steps, or
+            trainer.max_epochs times the steps of an epoch.
+        max_grad_norm: Clip of the gradient's norm; 0 for none.
+        attention: `sdpa`, `flex` (CUDA), or `auto` by work size.
+        compile_drafter: torch.compile the drafter in place.
+        log_gradient_norms_every: Log each term's gradient norm every so many steps; 0 for never.
+            It costs a backward pass per term at those steps, and no forward.
+    """
+
+    def __init__(
+        self,
+        loss: CombinedLoss | None = None,
+        block_size: int = 16,
+        num_layers: int = 4,
+        target_layer_ids: list[int] | None = None,
+        num_taps: int = 5,
+        mask_token_id: int | None = None,
+        intermediate_size: int | None = None,
+        init_from_target: InitFromTarget = "norm",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_fraction: float = 0.015,
+        final_lr_fraction: float = 0.0,
+        total_steps: int | None = None,
+        max_grad_norm: float = 1.0,
+        attention: AttentionKind = "auto",
+        compile_drafter: bool = False,
+        log_gradient_norms_every: int = 0,
+    ) -> None:
+        super().__init__()
+        check_block_size(block_size)
+        # a checkpoint's hyper-parameters are plain values (weights_only), so loss may be a dict
+        self.loss = CombinedLoss(**loss) if isinstance(loss, dict) else loss or CombinedLoss()
+        self.save_hyperparameters(
+            {
+                "loss": dataclasses.asdict(self.loss),
+                "block_size": block_size,
+                "num_layers": num_layers,
+                "target_layer_ids": target_layer_ids,
+                "num_taps": num_taps,
+                "mask_token_id": mask_token_id,
+                "intermediate_size": intermediate_size,
+                "init_from_target": init_from_target,
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "betas": list(betas),
+                "warmup_fraction": warmup_fraction,
+                "final_lr_fraction": final_lr_fraction,
+                "total_steps": total_steps,
+                "max_grad_norm": max_grad_norm,
+                "attention": attention,
+                "compile_drafter": compile_drafter,
+                "log_gradient_norms_every": log_gradient_norms_every,
+            },
+            logger=False,
+        )
+        self.drafter: Drafter | None = None
+        self._target: Target | None = None
+        self._log = WindowLog()
+        self._val_log = WindowLog()
+
+    # ------------------------------------------------------------------ construction
+
+    def setup(self, stage: str) -> None:
+        """Takes the target from the datamodule and makes the drafter, unless a checkpoint has."""
+        self.attach(self.trainer.datamodule.target)  # type: ignore[attr-defined]
+        if self.hparams.compile_drafter and self.drafter is not None:
+            self.drafter.compile()  # in place: state-dict keys stay as they are
+
+    def attach(self, target: Target) -> None:
+        """Borrows a target's embedding and head; makes the drafter for it if there is none.
+
+        Raises:
+            UserError: The drafter was made for a target of another width or depth.
+        """
+        self._target = target
+        if self.drafter is None:
+            self.drafter = Drafter(self._config_for(target))
+            initialise_from_target(
+                self.drafter, target.final_norm, target.layers, self.hparams.init_from_target
+            )
+        config = self.drafter.config
+        ours = (config.hidden_size, config.num_target_layers)
+        theirs = (target.hidden_size, target.num_layers)
+        if ours != theirs:
+            raise UserError(
+                f"The drafter was made for a target of (hidden size, layers) {ours}, this target "
+                f"has {theirs}; give the target that it was trained with."
+            )
+        if config.mask_token_id >= target.vocab_size:
+            raise UserError(
+                f"The drafter's mask token id {config.mask_token_id} is beyond the target's "
+                f"{target.vocab_size} embedding rows; give the target that it was trained with."
+            )
+
+    def _config_for(self, target: Target) -> DrafterConfig:
+        hparams = self.hparams
+        chosen = hparams.target_layer_ids
+        if chosen is None:
+            chosen = default_layer_ids(target.num_layers, hparams.num_taps)
+        check_layer_ids(chosen, target.num_layers)
+        return DrafterConfig.for_target(
+            target.config,
+            block_size=hparams.block_size,
+            num_layers=hparams.num_layers,
+            target_layer_ids=tuple(chosen),
+            mask_token_id=choose_mask_token(
+                target.tokenizer, target.vocab_size, hparams.mask_token_id
+            ),
+            intermediate_size=hparams.intermediate_size,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the drafter's config and what target it belongs to, as plain values."""
+        assert self.drafter is not None
+        checkpoint[CHECKPOINT_KEY] = self.drafter.config.to_dict()
+        if self._target is not None:
+            checkpoint["target"] = {
+                "path": self._target.path,
+                "gguf_file": self._target.gguf_file,
+                "fingerprint": self._target.fingerprint,
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the drafter that the checkpoint describes, so that its weights have a place.
+
+        Raises:
+            UserError: The run's own settings describe another drafter.
+        """
+        saved = DrafterConfig.from_dict(checkpoint[CHECKPOINT_KEY])
+        if self.drafter is None:
+            self.drafter = Drafter(saved)
+            return
+        ours, theirs = self.drafter.config.to_dict(), saved.to_dict()
+        ignored = ("dtype", "transformers_version", "_name_or_path")
+        different = [k for k in ours if ours[k] != theirs.get(k) and k not in ignored]
+        if different:
+            what = ", ".join(f"{k}: {theirs.get(k)} -> {ours[k]}" for k in different)
+            raise UserError(
+                f"The checkpoint holds another drafter than the settings ask for ({what}); resume "
+                "with the checkpoint's settings, or start a new run."
+            )
+
+    # ------------------------------------------------------------------ what others ask
+
+    @property
+    def target(self) -> Target:
+        """The borrowed target."""
+        assert self._target is not None, "attach() has not run"
+        return self._target
+
+    def feature_request(self) -> tuple[tuple[int, ...], bool]:
+        """Returns (tapped layer ids, whether last_hidden is needed) for the datamodule."""
+        assert self.drafter is not None
+        return self.drafter.config.target_layer_ids, False
+
+    # ------------------------------------------------------------------ steps
+
+    def forward(self, batch: DraftBatch) -> BlockScores:
+        """Returns the scores (M, N) of a batch's blocks: one drafter forward, one scoring."""
+        assert self.drafter is not None
+        assert batch.hidden_states is not None
+        config = self.drafter.config
+        blocks = build_blocks(batch, config.block_size, config.mask_token_id)
+        visibility = build_visibility(
+            batch.anchors, batch.document_ids, config.block_size, self.hparams.attention
+        )
+        hidden_BAKD = self.drafter(
+            batch.hidden_states,
+            batch.positions,
+            self.target.embed(blocks.input_ids),
+            blocks.positions,
+            visibility,
+        )
+        return score_blocks(self.target.head, hidden_BAKD, blocks, batch.num_slots)
+
+    def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
+        """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""
+        scores = self(batch)
+        out = self.loss(scores, self._progress(), batch.window_counts, self._sum_over_ranks)
+        self._log.add(out, scores)
+        every = self.hparams.log_gradient_norms_every
+        if every and self.global_step % every == 0:
+            self._log.add_gradients(out, [p for p in self.parameters() if p.requires_grad])
+        accumulate = self.trainer.accumulate_grad_batches
+        last = batch_idx + 1
+        if last % accumulate == 0 or last == self.trainer.num_training_batches:
+            self._log_window(out)
+        # Lightning divides by the accumulation, DDP averages over ranks: undo both
+        return out.total * accumulate * self.trainer.world_size
+
+    def _log_window(self, out: LossOutput) -> None:
+        values = self._log.pop(self._sum_over_ranks, out.weights)
+        bar = ("cross_entropy", "accepted_length")
+        for name, value in values.items():
+            shown = name if name in bar else None
+            self.log(f"train/{name}", value, on_step=True, on_epoch=False)
+            if shown:
+                short = {"cross_entropy": "ce", "accepted_length": "tau"}[shown]
+                self.log(short, value, prog_bar=True, logger=False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets sums of an interrupted validation."""
+        self._val_log = WindowLog()
+
+    def validation_step(self, batch: DraftBatch, batch_idx: int) -> None:
+        """Adds a batch of held-out blocks to the epoch's sums."""
+        scores = self(batch)
+        self._val_log.add(self.loss(scores, self._progress()), scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the epoch's ratios: summed numerators over summed denominators of all ranks."""
+        if self.trainer.sanity_checking:
+            return
+        weights = self.loss.weights(self._progress())
+        for name, value in self._val_log.pop(self._sum_over_ranks, weights).items():
+            # val/accepted_length is the verification callback's: this is an estimate from blocks
+            name = "block_accepted_length" if name == "accepted_length" else name
+            self.log(f"val/{name}", value, prog_bar=name == "cross_entropy")
+
+    def _sum_over_ranks(self, vector: Tensor) -> Tensor:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            vector = vector.clone()
+            torch.distributed.all_reduce(vector)
+        return vector
+
+    # ------------------------------------------------------------------ optimisation
+
+    def _total_steps(self) -> int:
+        """Returns the length of all schedules in optimizer steps, from the configuration."""
+        if self.hparams.total_steps is not None:
+            return int(self.hparams.total_steps)
+        if self.trainer.max_steps is not None and self.trainer.max_steps > 0:
+            return int(self.trainer.max_steps)
+        if self.trainer.max_epochs is None or self.trainer.max_epochs < 1:
+            raise UserError(
+                "The schedules need an end: set trainer.max_epochs, trainer.max_steps or "
+                "model.total_steps."
+            )
+        steps = self.trainer.datamodule.steps_per_epoch()  # type: ignore[attr-defined]
+        return max(1, self.trainer.max_epochs * steps)
+
+    def _progress(self) -> float:
+        return min(1.0, self.global_step / self._total_steps())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Returns AdamW and a per-step schedule: linear warm-up, then cosine."""
+        hparams = self.hparams
+        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": hparams.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=hparams.learning_rate,
+            betas=tuple(hparams.betas),
+            fused=self.device.type == "cuda",
+        )
+        total = self._total_steps()
+
+        def factor(step: int) -> float:  # a function: LambdaLR would save an object's settings
+            warmup = math.ceil(hparams.warmup_fraction * total)
+            return warmup_cosine(step, warmup=warmup, total=total, floor=hparams.final_lr_fraction)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        """Lets the settings of this run win over those in a resumed optimizer's state."""
+        for optimizer, config in zip(
+            self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True
+        ):
+            scheduler = config.scheduler
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+            scheduler.base_lrs = [self.hparams.learning_rate] * len(optimizer.param_groups)
+            for group, decay in zip(
+                optimizer.param_groups, (self.hparams.weight_decay, 0.0), strict=True
+            ):
+                factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+                group["initial_lr"] = self.hparams.learning_rate
+                group["lr"] = self.hparams.learning_rate * factor
+                group["weight_decay"] = decay
+                group["betas"] = tuple(self.hparams.betas)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by norm here, since Lightning refuses fused AdamW with its own clipping (trap 4)."""
+        limit = gradient_clip_val if gradient_clip_val is not None else self.hparams.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.parameters() if p.grad is not None], limit or math.inf
+        )
+        self.log("train/grad_norm", norm)
+
+
+def warmup_cosine(step: int, *, warmup: int, total: int, floor: float = 0.0) -> float:
+    """Returns the learning-rate factor in (0, 1] at an optimizer step.
+
+    Args:
+        step: Optimizer steps done.
+        warmup: Steps of linear warm-up.
+        total: Steps at which the cosine reaches `floor`.
+        floor: Factor at the end.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,145 @@
+"""Small whole runs through the real CLI: a tiny random target, a few conversations, the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.tiny import tiny_target_dir
+from train import RUN_DIR_VARIABLE, main
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ["What is the sum of two and three?", "Tell me about the weather.", "Count them."]
+ANSWERS = ["The answer is five.", "It is cold there, and the wind is strong.", "One, two, three."]
+
+
+def write_rows(path: Path, count: int = 12) -> Path:
+    """Writes conversations of different lengths."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{QUESTIONS[i % 3]} {i}"},
+                {"role": "assistant", "content": f"{ANSWERS[i % 3]} {'and so on ' * (i % 4)}{i}"},
+            ]
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Returns a run's config; `changes` are dotted keys with dots written as two underscores."""
+    if not list(folder.glob("*/tokenizer.json")):
+        tiny_target_dir(folder, "llama", tied=True)
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        write_rows(rows)
+    out: dict[str, Any] = {
+        "seed_everything": 3,
+        "run_dir": str(folder / "run"),
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "model": {
+            "block_size": 4,
+            "num_layers": 1,
+            "num_taps": 2,
+            "learning_rate": 1e-3,
+            "warmup_fraction": 0.1,
+        },
+        "data": {
+            "target": str(find_target(folder)),
+            "train_data": str(rows),
+            "val_rows": 3,
+            "num_anchors": 6,
+            "batch_size": 2,
+            "max_length": 128,
+        },
+        "verification": {"max_new_tokens": 12, "prompts_per_set": 3},
+    }
+    for dotted, value in changes.items():
+        *groups, key = dotted.split("__")
+        place = out
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[key] = value
+    return out
+
+
+def find_target(folder: Path) -> Path:
+    """Returns the folder that `tiny_target_dir` made."""
+    return next(path.parent for path in folder.glob("*/tokenizer.json"))
+
+
+def cli(
+    folder: Path, command: str = "fit", extra: tuple[str, ...] = (), **changes: Any
+) -> Any:
+    """Runs `train.py COMMAND` in this process and returns the CLI object."""
+    path = folder / f"{command}.yaml"
+    path.write_text(yaml.safe_dump(config(folder, **changes)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(RUN_DIR_VARIABLE, raising=False)
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        patch.setattr(sys, "argv", ["train.py"])
+        try:
+            return main([command, "--config", str(path), *extra])
+        finally:
+            os.environ.pop(RUN_DIR_VARIABLE, None)
+
+
+def cli_process(
+    folder: Path, command: str = "fit", extra: tuple[str, ...] = (), **changes: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs `train.py COMMAND` in a process of its own; does not raise."""
+    path = folder / f"{command}.process.yaml"
+    path.write_text(yaml.safe_dump(config(folder, **changes)))
+    environment = {k: v for k, v in os.environ.items() if k != RUN_DIR_VARIABLE}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), command, "--config", str(path), *extra],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def weights(cli_or_path: Any) -> dict[str, torch.Tensor]:
+    """Returns the drafter's weights of a finished CLI run, or of a checkpoint file."""
+    if isinstance(cli_or_path, (str, Path)):
+        state = torch.load(cli_or_path, weights_only=True, map_location="cpu")["state_dict"]
+    else:
+        state = cli_or_path.model.state_dict()
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Returns whether two sets of weights agree to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Returns (step, value) pairs of every scalar tag in a run's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }

@@ -1,0 +1,145 @@
+"""Guards A1 (a block sees states at or after its own anchor) and A8 (NaN from padding blocks)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drafter.attention import attend, build_visibility
+from drafter.config import DrafterConfig
+from drafter.model import Drafter
+
+
+def mask_by_definition(anchors, documents, block_size):
+    """Element by element, from method.md's sentence."""
+    rows, context = documents.shape
+    slots = anchors.shape[1] * block_size
+    mask = torch.zeros(rows, 1, slots, context + slots, dtype=torch.bool)
+    for b in range(rows):
+        for q in range(slots):
+            anchor = int(anchors[b, q // block_size])
+            for p in range(context):
+                if anchor >= 0 and p < anchor and documents[b, p] >= 0:
+                    mask[b, 0, q, p] = bool(documents[b, p] == documents[b, anchor])
+            for s in range(slots):
+                mask[b, 0, q, context + s] = s // block_size == q // block_size
+    return mask
+
+
+CASES = {
+    "both ends of the context": ([[0, 31]], [[0] * 32], 8),
+    "overlapping blocks": ([[8, 9, 10, 11]], [[0] * 32], 8),
+    "invalid blocks": ([[3, -1, -1], [-1, -1, -1]], [[0] * 12, [0] * 7 + [-1] * 5], 4),
+    "packed documents": ([[2, 9, 10, 19]], [[0] * 10 + [1] * 10 + [-1] * 4], 5),
+    "slots not a multiple of 128": ([[1, 5, 17]], [[0] * 150], 7),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_the_mask_equals_its_element_by_element_definition(case, attention):
+    anchors, documents, block_size = CASES[case]
+    anchors, documents = torch.tensor(anchors), torch.tensor(documents)
+    expected = mask_by_definition(anchors, documents, block_size)
+    visibility = build_visibility(anchors, documents, block_size, attention)
+    if attention == "sdpa":
+        assert torch.equal(visibility.dense, expected)
+        return
+    rows, _, slots, keys = expected.shape
+    grid = [torch.arange(n).view(shape) for n, shape in zip(
+        (rows, slots, keys), ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True
+    )]
+    seen = visibility.flex.mask_mod(grid[0], torch.zeros(1).long(), grid[1], grid[2])
+    assert torch.equal(seen, expected[:, 0])
+
+
+def test_flex_and_sdpa_attend_alike():
+    torch.manual_seed(0)
+    anchors = torch.tensor([[3, 9, -1, 40], [0, 5, 12, 13]])
+    documents = torch.zeros(2, 48).long()
+    documents[1, 14:] = -1
+    query = torch.randn(2, 4, 4 * 5, 16)
+    key, value = torch.randn(2, 2, 48 + 20, 16), torch.randn(2, 2, 48 + 20, 16)
+    out = {
+        kind: attend(query, key, value, build_visibility(anchors, documents, 5, kind))
+        for kind in ("sdpa", "flex")
+    }
+    assert torch.isfinite(out["sdpa"]).all()
+    torch.testing.assert_close(out["flex"], out["sdpa"], atol=1e-5, rtol=1e-5)
+
+
+def small_drafter(block_size=8, layers=2):
+    torch.manual_seed(0)
+    config = DrafterConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        block_size=block_size, num_target_layers=8,
+        dflash_config={"mask_token_id": 63, "target_layer_ids": [1, 4]},
+    )
+    return Drafter(config)
+
+
+def test_a_block_does_not_move_by_one_bit_when_states_at_or_after_its_anchor_change():
+    drafter = small_drafter()
+    states = torch.randn(1, 32, 64)
+    anchors = torch.tensor([[8, 11]])
+    positions = torch.arange(32).unsqueeze(0)
+    embeds = torch.randn(1, 2, 8, 32)
+    slots = anchors.unsqueeze(-1) + torch.arange(8)
+    visibility = build_visibility(anchors, torch.zeros(1, 32).long(), 8, "sdpa")
+
+    def run(changed: slice) -> torch.Tensor:
+        other = states.clone()
+        other[:, changed] += 1.0
+        return drafter(other, positions, embeds, slots, visibility)
+
+    base = run(slice(0, 0))
+    later, before, between = run(slice(11, None)), run(slice(10, 11)), run(slice(8, 11))
+    assert torch.equal(later[:, 1], base[:, 1])
+    assert not torch.equal(before[:, 1], base[:, 1])
+    assert torch.equal(between[:, 0], base[:, 0])
+
+
+@pytest.mark.parametrize(
+    "case", ["one anchor", "overlapping anchors", "right padding", "packing", "K of 2"]
+)
+def test_training_states_equal_those_of_the_decoding_path(case):
+    """Master test M: the context of positions < anchor, appended piece by piece, one block."""
+    block_size = 2 if case == "K of 2" else 8
+    anchors = {"one anchor": [9], "packing": [3, 14, 22]}.get(case, [0, 8, 11, 12, 20])
+    drafter = small_drafter(block_size)
+    length = 32
+    documents = torch.zeros(1, length).long()
+    positions = torch.arange(length).unsqueeze(0)
+    if case == "packing":
+        documents[:, 12:] = 1
+        positions = torch.cat((torch.arange(12), torch.arange(length - 12))).unsqueeze(0)
+    if case == "right padding":
+        documents[:, 24:] = -1
+    states, embeds = torch.randn(1, length, 64), torch.randn(1, len(anchors), block_size, 32)
+    index = torch.tensor([anchors])
+    slots = positions.gather(1, index).unsqueeze(-1) + torch.arange(block_size)
+    visibility = build_visibility(index, documents, block_size, "sdpa")
+    trained = drafter(states, positions, embeds, slots, visibility)
+    for i, anchor in enumerate(anchors):
+        begin = 12 if case == "packing" and anchor >= 12 else 0
+        context = drafter.encode_context(states[:, begin:begin], positions[:, begin:begin])
+        for piece in torch.arange(begin, anchor).split(3):
+            context = drafter.encode_context(states[:, piece], positions[:, piece], context)
+        assert context.length == anchor - begin
+        decoded = drafter.denoise(embeds[:, i : i + 1], slots[:, i : i + 1], context)
+        torch.testing.assert_close(decoded, trained[:, i : i + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_invalid_and_padded_blocks_give_finite_gradients():
+    drafter = small_drafter()
+    anchors = torch.tensor([[5, 30, -1, -1], [-1, -1, -1, -1]])
+    documents = torch.zeros(2, 40).long()
+    documents[1, 12:] = -1
+    slots = anchors.clamp(min=0).unsqueeze(-1) + torch.arange(8)
+    visibility = build_visibility(anchors, documents, 8, "sdpa")
+    positions = torch.arange(40).repeat(2, 1)
+    out = drafter(torch.randn(2, 40, 64), positions, torch.randn(2, 4, 8, 32), slots, visibility)
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(p.grad).all() for p in drafter.parameters())
