@@ -82,3 +82,21 @@ class Target:
             g = self.model.generate(torch.tensor([p], device=self.device), max_new_tokens=max_new_tokens, do_sample=False)[0, len(p):].tolist()
             out.append(Response(g, [], g[-1] in self.eos_token_ids))
         return out
+
+
+class TargetSession:
+    def __init__(self, target):
+        self.t, self.cache, self.length = target, DynamicCache(), 0
+
+    def forward(self, ids, layer_ids):
+        taps, last = self.t._run(layer_ids, input_ids=ids[None], past_key_values=self.cache, use_cache=True) if layer_ids else (torch.zeros(1, len(ids), 0), self.t.model.model(input_ids=ids[None], past_key_values=self.cache).last_hidden_state)
+        self.length += len(ids)
+        return last[0], taps[0]
+
+    def crop(self, length):
+        if length < self.length:
+            self.cache.crop(-(self.length - length))
+            self.length = length
+
+
+Target.session = lambda self: TargetSession(self)

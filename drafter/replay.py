@@ -1,0 +1,266 @@
+"""Accepted lengths from the target's own trajectories, without the decoding loop.
+
+Given a response that the target generated, one teacher-forced drafter pass over all its anchors
+says what every block would have drafted, and so which rounds the real loop would have made.
+
+Legend: S tokens of prompt and response, R response tokens, N drafted slots, K block size,
+L tapped layers, D hidden size, T response positions that can be anchors (R - 1).
+
+Sources: method.md, Replay. Greedy: a slot is accepted iff its draft is the trajectory's token.
+Rejection sampling: given the target's sampled token x, "it was accepted" has probability
+min(1, q(x)/p(x)) independently of everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drafter.attention import build_visibility
+from drafter.head import FrozenHead
+from drafter.model import Drafter
+from drafter.sampling import STREAM_THINNING, Sampling, argmax, keyed_uniforms, warp
+from drafter.verification import Round, unclipped_length
+
+FloatArray = np.ndarray
+
+
+@dataclass(frozen=True)
+class SlotResults:
+    """What the blocks at all anchors of one trajectory drafted.
+
+    Attributes:
+        drafts: (T, N) int64, argmax drafts.
+        match: (T, N) bool, draft equals the trajectory's token there; False past its end.
+        valid: (T, N) bool, the slot lies within the response.
+        accept: (T, N) float64, probability that the trajectory's token was accepted at this slot
+            (given that its block got there): 0 or 1 when greedy; 0 past the end.
+    """
+
+    drafts: np.ndarray
+    match: np.ndarray
+    valid: np.ndarray
+    accept: FloatArray
+
+
+@dataclass(frozen=True)
+class ResponseCounts:
+    """Sums over the rounds of one response; expectations where acceptance is a probability.
+
+    Attributes:
+        emitted: Tokens emitted in rounds: response tokens - 1 (prefill emits the first).
+        rounds: Target passes without prefill.
+        accepted: Accepted drafted tokens.
+        drafted: Drafted slots within the response.
+        unclipped: Sum of lengths in tau_unclipped's convention.
+        accepted_at: (N,) rounds whose slot k was accepted.
+        reached_at: (N,) rounds whose slots 1..k-1 were accepted and which drafted slot k.
+        matched: Argmax drafts that equal the trajectory's token, over the rounds walked.
+        wasted: Those of them that stand after their block's first error.
+        matched_all_anchors: As `matched`, over all anchors.
+        wasted_all_anchors: As `wasted`, over all anchors.
+        round_lengths: The lengths, where the walk is certain (greedy or thinned), else empty.
+    """
+
+    emitted: float
+    rounds: float
+    accepted: float
+    drafted: float
+    unclipped: float
+    accepted_at: FloatArray
+    reached_at: FloatArray
+    matched: float
+    wasted: float
+    matched_all_anchors: float = 0.0
+    wasted_all_anchors: float = 0.0
+    round_lengths: tuple[int, ...] = ()
+
+
+@torch.no_grad()
+def replay_slots(
+    drafter: Drafter,
+    embed: Callable[[Tensor], Tensor],
+    head: FrozenHead,
+    hidden_states: Tensor,
+    input_ids: Tensor,
+    prompt_length: int,
+    *,
+    sampling: Sampling,
+    log_probs: Tensor | None = None,
+    anchors_per_chunk: int = 64,
+) -> SlotResults:
+    """Runs the drafter over every anchor of a trajectory, by the functions that decoding uses.
+
+    Args:
+        drafter: The unwrapped drafter.
+        embed: The target's embedding.
+        head: The target's head.
+        hidden_states: (1, S, L*D) of the whole trajectory; a block sees those before its anchor.
+        input_ids: (S,) prompt and response.
+        prompt_length: Prompt tokens; the first anchor is the response's first token.
+        sampling: Of the trajectory; the drafter's q is warped alike.
+        log_probs: (R,) log p of the response's tokens; needed unless greedy.
+        anchors_per_chunk: Bounds memory: blocks denoised at once.
+    """
+    block_size, mask_id = drafter.config.block_size, drafter.config.mask_token_id
+    device, total = input_ids.device, len(input_ids)
+    response = total - prompt_length
+    offsets_K = torch.arange(block_size, device=device)
+    context = drafter.encode_context(hidden_states, torch.arange(total, device=device)[None])
+    document_ids = torch.zeros(1, total, dtype=torch.long, device=device)
+    anchors_T = torch.arange(prompt_length, total - 1, device=device)
+    index_TN = anchors_T[:, None] - prompt_length + offsets_K[1:]
+    valid_TN = index_TN < response
+    labels_TN = input_ids[prompt_length + index_TN.clamp(max=response - 1)]
+    drafts, chosen = [], []
+    for part_C, labels_CN in zip(
+        anchors_T.split(anchors_per_chunk), labels_TN.split(anchors_per_chunk), strict=True
+    ):
+        block_ids = torch.full((1, len(part_C), block_size), mask_id, device=device)
+        block_ids[0, :, 0] = input_ids[part_C]
+        visibility = build_visibility(part_C[None], document_ids, block_size)
+        positions = part_C[None, :, None] + offsets_K
+        hidden = drafter.denoise(embed(block_ids), positions, context, visibility)
+        flat_states, flat_labels = hidden[0, :, 1:].flatten(0, 1), labels_CN.flatten()
+        rows = head.chunk_rows()
+        for states, labels in zip(flat_states.split(rows), flat_labels.split(rows), strict=True):
+            logits = head.logits(states)
+            drafts.append(argmax(logits))
+            if not sampling.greedy:
+                q = warp(logits, sampling)
+                chosen.append(q.gather(-1, labels[:, None]).squeeze(-1).double())
+    flat = torch.cat(drafts) if drafts else labels_TN.flatten()
+    drafts_TN = flat.view_as(labels_TN)
+    match_TN = (drafts_TN == labels_TN) & valid_TN
+    accept_TN = match_TN.double()
+    if not sampling.greedy:
+        assert log_probs is not None, "sampled trajectories carry the target's log-probabilities"
+        p_TN = log_probs.double().exp().to(device)[index_TN.clamp(max=response - 1)]
+        q_TN = (torch.cat(chosen) if chosen else flat.double()).view_as(p_TN)
+        accept_TN = (q_TN / p_TN).clamp(max=1.0) * valid_TN
+    return SlotResults(
+        drafts_TN.cpu().numpy(),
+        match_TN.cpu().numpy(),
+        valid_TN.cpu().numpy(),
+        accept_TN.cpu().numpy(),
+    )
+
+
+def thin(slots: SlotResults, *, seed: int, prompt_id: int) -> SlotResults:
+    """Decides every acceptance by its own keyed uniform: one draw of the real sampler's rounds.
+
+    Args:
+        slots: With acceptance probabilities.
+        seed: Of the thinning.
+        prompt_id: With the seed, the key: the result depends on nothing else.
+    """
+    shape = slots.accept.shape
+    uniforms = keyed_uniforms(seed, prompt_id, shape[0] * shape[1], STREAM_THINNING)
+    accept = (uniforms.reshape(shape) < slots.accept).astype(np.float64)
+    return SlotResults(slots.drafts, slots.match, slots.valid, accept)
+
+
+def count_rounds(slots: SlotResults) -> ResponseCounts:
+    """Returns the sums over the rounds that these acceptances give, by one pass over positions.
+
+    `visit[t]`, the probability that a round has its anchor at response position t, starts at
+    visit[0] = 1 and flows on: from t, n accepts lead to t + n + 1. With acceptances of 0 and 1
+    that is the walk of the real loop; else every sum is its exact expectation.
+
+    Args:
+        slots: Of one response.
+    """
+    last, drafted_slots = slots.accept.shape
+    block_size = drafted_slots + 1
+    # prefix[t, k]: slots 1..k of the block at t are accepted
+    prefix = np.cumprod(np.concatenate([np.ones((last, 1)), slots.accept], axis=1), axis=1)
+    # exactly[t, n]: slots 1..n are accepted and slot n + 1 is not (there may be none)
+    exactly = prefix - np.concatenate([prefix[:, 1:], np.zeros((last, 1))], axis=1)
+    visit = np.zeros(last + 1)
+    visit[0] = 1.0
+    unclipped = np.zeros(last)
+    lengths: list[int] = []
+    certain = bool(np.isin(slots.accept, (0.0, 1.0)).all())
+    for t in np.arange(last):
+        if visit[t] == 0.0:
+            continue
+        for n in np.flatnonzero(exactly[t]):
+            after = min(t + n + 1, last)
+            visit[after] += visit[t] * exactly[t, n]
+            length = unclipped_length(int(n), bool(t + n == last), block_size)
+            unclipped[t] += exactly[t, n] * length
+            if certain:
+                lengths.append(int(after - t))
+    visit_T1 = visit[:last, None]
+    accepted_at = (visit_T1 * prefix[:, 1:]).sum(0)
+    wasted_T, matched_T = waste_by_anchor(slots.match)
+    return ResponseCounts(
+        emitted=float(last),
+        rounds=float(visit_T1.sum()),
+        accepted=float(accepted_at.sum()),
+        drafted=float((visit_T1 * slots.valid).sum()),
+        unclipped=float((visit[:last] * unclipped).sum()),
+        accepted_at=accepted_at,
+        reached_at=(visit_T1 * prefix[:, :-1] * slots.valid).sum(0),
+        matched=float((visit[:last] * matched_T).sum()),
+        wasted=float((visit[:last] * wasted_T).sum()),
+        matched_all_anchors=float(matched_T.sum()),
+        wasted_all_anchors=float(wasted_T.sum()),
+        round_lengths=tuple(lengths),
+    )
+
+
+def waste_by_anchor(match: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (T,) right drafts after the block's first error, and (T,) all right drafts.
+
+    Args:
+        match: (T, N) bool, draft equals the trajectory's token.
+
+    Example:
+        >>> waste_by_anchor(np.array([[True, False, True, True]]))
+        (array([2]), array([3]))
+    """
+    matched_T = match.sum(1)
+    kept_T = np.cumprod(match, axis=1).sum(1)
+    return matched_T - kept_T, matched_T
+
+
+def count_decoded(
+    rounds: Sequence[Round], drafts: Sequence[Sequence[int]], response: Sequence[int]
+) -> ResponseCounts:
+    """Returns the same sums for a response that the real loop made.
+
+    Args:
+        rounds: In order.
+        drafts: N argmax (or sampled) draft tokens of each round.
+        response: The response's token ids.
+    """
+    last = len(response) - 1
+    block = len(drafts[0]) if drafts else 0
+    accepted_at, reached_at = np.zeros(block), np.zeros(block)
+    matched = wasted = drafted = 0
+    t = 0
+    for round_, draft in zip(rounds, drafts, strict=True):
+        room = min(block, last - t)
+        match = np.array([draft[k] == response[t + 1 + k] for k in range(room)], dtype=bool)
+        lost, right = waste_by_anchor(match[None])
+        wasted, matched, drafted = wasted + lost[0], matched + right[0], drafted + room
+        accepted_at[: round_.accepted] += 1
+        reached_at[: min(round_.accepted + 1, room)] += 1
+        t += round_.length
+    return ResponseCounts(
+        emitted=float(last),
+        rounds=float(len(rounds)),
+        accepted=float(sum(r.accepted for r in rounds)),
+        drafted=float(drafted),
+        unclipped=float(sum(r.unclipped for r in rounds)),
+        accepted_at=accepted_at,
+        reached_at=reached_at,
+        matched=float(matched),
+        wasted=float(wasted),
+        round_lengths=tuple(r.length for r in rounds),
+    )
