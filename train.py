@@ -66,8 +66,9 @@ class DrafterCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Chooses the run folder and gives the trainer its logger and the closing callbacks."""
         run_dir = self._get(self.config_init, "run_dir")
-        if self.subcommand == "fit" and self._get(self.config_init, "trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(
+        if self._get(self.config_init, "trainer.logger") is None:
+            fitting = self.subcommand == "fit"  # the other commands print what they find
+            kwargs["logger"] = fitting and TensorBoardLogger(
                 save_dir=str(Path(run_dir).parent),
                 name=Path(run_dir).name,
                 version="",

@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from data.batches import BatchDataset
 from data.conversations import RowSet, load_rows
+from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, rank_and_world
 from drafter.blocks import DraftBatch
 from drafter.errors import UserError
@@ -48,6 +50,8 @@ class OnlineHiddenStates(LightningDataModule):
         pad_multiple: Row lengths are padded to a multiple of this.
         keep_in_memory: Keep every row's features after its first use: in host RAM (true), or on
             the accelerator ("device"). For small sets: it takes L*D values a token.
+        predict_prompts: Files of prompts for `predict`.
+        predict_limit: Prompts of each of these files; None for all.
         seed: Of order and anchors. The CLI links it to seed_everything.
     """
 
@@ -72,6 +76,8 @@ class OnlineHiddenStates(LightningDataModule):
         num_workers: int = 0,
         pad_multiple: int = 1,
         keep_in_memory: bool | Literal["device"] = False,
+        predict_prompts: str | list[str] | None = None,
+        predict_limit: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -94,6 +100,8 @@ class OnlineHiddenStates(LightningDataModule):
         self.num_workers = num_workers
         self.pad_multiple = pad_multiple
         self.keep_in_memory = keep_in_memory
+        self.predict_prompts = predict_prompts
+        self.predict_limit = predict_limit
         self.seed = seed
         self._target: Target | None = None
         self._train_rows: RowSet | None = None
@@ -175,6 +183,20 @@ class OnlineHiddenStates(LightningDataModule):
         """Returns the held-out rows, as `val_dataloader`."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> DataLoader[Prompt]:
+        """Returns this rank's share of the prompts, one at a time."""
+        if not self.predict_prompts:
+            raise UserError("predict has no prompts: set --data.predict_prompts to a file.")
+        rank, world_size = rank_and_world(self.trainer)
+        prompts = load_prompts(
+            self.predict_prompts,
+            self.target.tokenizer,
+            vocab_size=self.target.vocab_size,
+            limit=self.predict_limit,
+        )
+        own = prompts[rank::world_size]
+        return DataLoader(own, batch_size=None, collate_fn=lambda prompt: prompt)  # type: ignore[arg-type]
+
     def steps_per_epoch(self) -> int:
         """Returns optimizer steps per epoch, from sizes alone (no loader is touched)."""
         _, world_size = rank_and_world(self.trainer)
@@ -215,6 +237,14 @@ class OnlineHiddenStates(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.device(self.target.device).type == "cuda",
         )
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Moves a `DraftBatch`; a prompt has nothing to move."""
+        if isinstance(batch, Prompt):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Adds the target's hidden states to a `DraftBatch` that is on the device already."""

@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and where they are kept."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def cache_root(folder: str | Path | None = None) -> Path:
+    """Returns `folder`, or l2r-drafter under $XDG_CACHE_HOME or ~/.cache."""
+    if folder is not None:
+        return Path(folder)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "l2r-drafter"

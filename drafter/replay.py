@@ -64,6 +64,7 @@ class ResponseCounts:
         matched_all_anchors: As `matched`, over all anchors.
         wasted_all_anchors: As `wasted`, over all anchors.
         round_lengths: The lengths, where the walk is certain (greedy or thinned), else empty.
+        round_accepted: Likewise, accepted drafted tokens of each round.
     """
 
     emitted: float
@@ -78,6 +79,7 @@ class ResponseCounts:
     matched_all_anchors: float = 0.0
     wasted_all_anchors: float = 0.0
     round_lengths: tuple[int, ...] = ()
+    round_accepted: tuple[int, ...] = ()
 
 
 @torch.no_grad()
@@ -184,6 +186,7 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
     visit[0] = 1.0
     unclipped = np.zeros(last)
     lengths: list[int] = []
+    accepts: list[int] = []
     certain = bool(np.isin(slots.accept, (0.0, 1.0)).all())
     for t in np.arange(last):
         if visit[t] == 0.0:
@@ -195,6 +198,7 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
             unclipped[t] += exactly[t, n] * length
             if certain:
                 lengths.append(int(after - t))
+                accepts.append(int(n))
     visit_T1 = visit[:last, None]
     accepted_at = (visit_T1 * prefix[:, 1:]).sum(0)
     wasted_T, matched_T = waste_by_anchor(slots.match)
@@ -211,6 +215,7 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
         matched_all_anchors=float(matched_T.sum()),
         wasted_all_anchors=float(wasted_T.sum()),
         round_lengths=tuple(lengths),
+        round_accepted=tuple(accepts),
     )
 
 
@@ -263,4 +268,5 @@ def count_decoded(
         matched=float(matched),
         wasted=float(wasted),
         round_lengths=tuple(r.length for r in rounds),
+        round_accepted=tuple(r.accepted for r in rounds),
     )

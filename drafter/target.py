@@ -100,3 +100,5 @@ class TargetSession:
 
 
 Target.session = lambda self: TargetSession(self)
+
+Target.check_length = lambda self, a, b: None

@@ -1,0 +1,27 @@
+"""Losses of a block-diffusion drafter: functions of BlockScores and nothing else.
+
+Every term is a `Ratio` (numerator, denominator), so that one definition serves the loss, the
+logged values, several ranks and gradient accumulation. `CombinedLoss` adds the terms up. Nothing
+here reads a tensor's value on the host, except the prefix check of `BlockScores` on a CPU.
+"""
+
+from losses.chain import Chain
+from losses.combined import CombinedLoss, LossOutput, WeightedTerm
+from losses.first_error import FirstErrorFocal
+from losses.positional import PositionalCrossEntropy
+from losses.ratio import Ratio, Term
+from losses.schedule import Schedule
+from losses.scores import BlockScores
+
+__all__ = [
+    "BlockScores",
+    "Chain",
+    "CombinedLoss",
+    "FirstErrorFocal",
+    "LossOutput",
+    "PositionalCrossEntropy",
+    "Ratio",
+    "Schedule",
+    "Term",
+    "WeightedTerm",
+]

@@ -69,7 +69,11 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
             "batch_size": 2,
             "max_length": 128,
         },
-        "verification": {"max_new_tokens": 12, "prompts_per_set": 3},
+        "verification": {
+            "max_new_tokens": 12,
+            "prompts_per_set": 3,
+            "cache_dir": str(folder / "cache"),
+        },
     }
     for dotted, value in changes.items():
         *groups, key = dotted.split("__")

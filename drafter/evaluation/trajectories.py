@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from drafter.errors import UserError
 from drafter.files import write_atomic
-from drafter.sampling import GREEDY, Sampling
+from drafter.sampling import GREEDY, Sampling, argmax
 from drafter.target import Target
 
 FORMAT = 1
@@ -143,6 +145,27 @@ def stored_trajectories(prompts: Sequence[EvalPrompt], max_new_tokens: int) -> l
         )
         for prompt in prompts
     ]
+
+
+@torch.no_grad()
+def target_argmax_share(target: Target, trajectories: Sequence[Trajectory]) -> tuple[int, int]:
+    """Returns (response tokens that are the target's own argmax, response tokens).
+
+    Stored responses stand in for trajectories only as far as the two are equal.
+    """
+    equal = total = 0
+    for trajectory in trajectories:
+        ids = torch.tensor([*trajectory.prompt.ids, *trajectory.ids], device=target.device)
+        documents = torch.zeros(1, len(ids), dtype=torch.long, device=ids.device)
+        states = target.features(ids[None], documents, (0,), last_hidden=True).last_hidden
+        assert states is not None
+        before = states[0, len(trajectory.prompt.ids) - 1 : -1]
+        labels = ids[len(trajectory.prompt.ids) :]
+        rows = target.head.chunk_rows()
+        for part, wanted in zip(before.split(rows), labels.split(rows), strict=True):
+            equal += int((argmax(target.head.logits(part)) == wanted).sum())
+        total += len(labels)
+    return equal, total
 
 
 def _to_json(trajectory: Trajectory) -> dict[str, Any]:

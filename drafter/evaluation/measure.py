@@ -1,0 +1,238 @@
+"""Measures one drafter on trajectories: by replay, or by the real decoding loop.
+
+Legend: S tokens of prompt and response, L tapped layers, D hidden size, N drafted slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from drafter.decoding import (
+    CachedDrafter,
+    CachedTarget,
+    Decoded,
+    Rule,
+    decode_plainly,
+    decode_speculatively,
+)
+from drafter.evaluation.trajectories import Trajectory, TrajectorySettings
+from drafter.metrics import AcceptanceByPosition, AcceptedLength, WasteRatio
+from drafter.model import Drafter
+from drafter.replay import ResponseCounts, count_decoded, count_rounds, replay_slots, thin
+from drafter.sampling import GeneratorSource, keyed_uniforms
+from drafter.target import Target
+
+STREAM_DECODE = 2
+"""Stream of `keyed_uniforms` that seeds the real loop's generator for a prompt."""
+
+
+class DrafterMetrics(nn.Module):
+    """The metrics of one prompt set, as one module whose states move and sync together.
+
+    Args:
+        num_drafted: N.
+    """
+
+    def __init__(self, num_drafted: int) -> None:
+        super().__init__()
+        self.length = AcceptedLength()
+        self.by_position = AcceptanceByPosition(num_drafted)
+        self.waste = WasteRatio()
+
+    def update(self, counts: ResponseCounts) -> None:
+        """Adds one response."""
+        self.length.update(counts)
+        self.by_position.update(counts)
+        self.waste.update(counts)
+
+    def compute(self) -> dict[str, Any]:
+        """Returns all figures, floats and a list `accept_rate` of N; syncs over ranks."""
+        out: dict[str, Any] = {k: float(v) for k, v in self.length.compute().items()}
+        out |= {k: float(v) for k, v in self.waste.compute().items()}
+        out["accept_rate"] = self.by_position.compute().tolist()
+        return out
+
+
+@dataclass
+class FeatureStore:
+    """Target features of trajectories, kept between epochs up to a budget of bytes.
+
+    Args:
+        budget_bytes: 0 keeps nothing.
+    """
+
+    budget_bytes: int = 0
+    used: int = 0
+    _kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def features(
+        self, target: Target, index: int, input_ids: Tensor, layer_ids: tuple[int, ...]
+    ) -> Tensor:
+        """Returns (1, S, L*D) of trajectory number `index`, from memory if it is there."""
+        if index in self._kept:
+            return self._kept[index]
+        documents = torch.zeros(1, len(input_ids), dtype=torch.long, device=input_ids.device)
+        states = target.features(input_ids.unsqueeze(0), documents, layer_ids).hidden_states
+        size = states.numel() * states.element_size()
+        if self.used + size <= self.budget_bytes:
+            self.used += size
+            self._kept[index] = states
+        return states
+
+
+@dataclass(frozen=True)
+class MeasuredResponse:
+    """One trajectory's rounds, and the text they make (the real loop's own, in decode mode)."""
+
+    trajectory: Trajectory
+    counts: ResponseCounts
+    ids: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+    plain_seconds: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def replay_trajectory(
+    drafter: Drafter,
+    target: Target,
+    trajectory: Trajectory,
+    settings: TrajectorySettings,
+    *,
+    features: FeatureStore | None = None,
+    index: int = 0,
+    anchors_per_chunk: int = 64,
+    thinned: bool = False,
+) -> MeasuredResponse:
+    """Measures by one teacher-forced pass over every response position.
+
+    Args:
+        drafter: Unwrapped.
+        target: That generated the trajectory.
+        trajectory: Prompt and response.
+        settings: It was generated under.
+        features: Where the target's features are kept between calls.
+        index: The trajectory's number in `features`.
+        anchors_per_chunk: Blocks at once.
+        thinned: With a temperature: draw the rounds by keyed uniforms instead of expectations.
+    """
+    prompt = trajectory.prompt
+    input_ids = torch.tensor([*prompt.ids, *trajectory.ids], device=target.device)
+    store = features or FeatureStore()
+    states = store.features(target, index, input_ids, drafter.config.target_layer_ids)
+    slots = replay_slots(
+        drafter,
+        target.embed,
+        target.head,
+        states,
+        input_ids,
+        len(prompt.ids),
+        sampling=settings.sampling,
+        log_probs=torch.tensor(trajectory.log_probs) if trajectory.log_probs else None,
+        anchors_per_chunk=anchors_per_chunk,
+    )
+    if thinned and not settings.sampling.greedy:
+        slots = thin(slots, seed=settings.seed, prompt_id=prompt.prompt_id)
+    return MeasuredResponse(trajectory, count_rounds(slots), trajectory.ids)
+
+
+@torch.no_grad()
+def decode_prompt(
+    drafter: Drafter,
+    target: Target,
+    prompt_ids: Sequence[int],
+    settings: TrajectorySettings,
+    *,
+    prompt_id: int = 0,
+    rule: Rule = "rejection",
+) -> Decoded:
+    """Runs the real loop on one prompt, with random numbers keyed by (seed, prompt)."""
+    target.check_length(len(prompt_ids), settings.max_new_tokens)
+    engine = CachedTarget(target, drafter.config.target_layer_ids)
+    return decode_speculatively(
+        engine,
+        CachedDrafter(drafter, target, engine),
+        prompt_ids,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=target.eos_token_ids,
+        sampling=settings.sampling,
+        source=_source(settings.seed, prompt_id),
+        rule=rule,
+    )
+
+
+def decode_trajectory(
+    drafter: Drafter,
+    target: Target,
+    trajectory: Trajectory,
+    settings: TrajectorySettings,
+    *,
+    plain: bool = False,
+) -> MeasuredResponse:
+    """Measures by the real loop on the trajectory's prompt; `plain` times the target alone too."""
+    prompt = trajectory.prompt
+    decoded = decode_prompt(drafter, target, prompt.ids, settings, prompt_id=prompt.prompt_id)
+    plain_seconds: dict[str, float] = {}
+    if plain:
+        plain_seconds = decode_plainly(
+            CachedTarget(target),
+            prompt.ids,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_ids=target.eos_token_ids,
+            sampling=settings.sampling,
+            source=_source(settings.seed, prompt.prompt_id),
+        ).seconds
+    counts = count_decoded(decoded.rounds, decoded.drafts, decoded.ids)
+    return MeasuredResponse(trajectory, counts, decoded.ids, decoded.seconds, plain_seconds)
+
+
+def measure(
+    drafter: Drafter,
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    settings: TrajectorySettings,
+    *,
+    mode: str = "replay",
+    features: FeatureStore | None = None,
+    anchors_per_chunk: int = 64,
+    plain: bool = False,
+    progress: bool = False,
+) -> Iterable[MeasuredResponse]:
+    """Yields every trajectory's rounds.
+
+    Args:
+        drafter: Unwrapped.
+        target: That generated the trajectories.
+        trajectories: Of any prompt sets.
+        settings: They were generated under.
+        mode: `replay` or `decode`.
+        features: Kept between calls, in replay.
+        anchors_per_chunk: Blocks at once, in replay.
+        plain: Time the target alone too, in decode.
+        progress: Show a bar.
+    """
+    assert mode in ("replay", "decode")
+    bar = tqdm(trajectories, desc=f"verifying ({mode})", disable=not progress, leave=False)
+    for index, trajectory in enumerate(bar):
+        if mode == "decode":
+            yield decode_trajectory(drafter, target, trajectory, settings, plain=plain)
+        else:
+            yield replay_trajectory(
+                drafter,
+                target,
+                trajectory,
+                settings,
+                features=features,
+                index=index,
+                anchors_per_chunk=anchors_per_chunk,
+            )
+
+
+def _source(seed: int, prompt_id: int) -> GeneratorSource:
+    key = int(keyed_uniforms(seed, prompt_id, 1, STREAM_DECODE)[0] * 2**53)
+    return GeneratorSource(torch.Generator().manual_seed(key))

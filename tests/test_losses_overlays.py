@@ -1,0 +1,100 @@
+"""The shipped loss overlays: each parses and sets what its name says; --help knows every field."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+import itertools
+import math
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+import losses
+from losses import CombinedLoss, Schedule, WeightedTerm
+
+FOLDER = Path(__file__).parents[1] / "configs" / "losses"
+INTENDED = {
+    "uniform": (math.inf, 0.0, 0.0),
+    "decay": (10.0, 0.0, 0.0),
+    "focal": (math.inf, 0.3, 0.0),
+    "chain": (math.inf, 0.0, 40.0),
+    "decay-focal": (10.0, 0.3, 0.0),
+    "full": (10.0, 0.3, 40.0),
+}
+NAMES = pytest.mark.parametrize("name", INTENDED)
+
+
+def settings(loss):
+    return loss.gamma, loss.alpha_focal, loss.alpha_chain
+
+
+def parse(*arguments):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Owner, "model")
+    return parser.instantiate_classes(parser.parse_args(list(arguments))).model.loss
+
+
+class Owner:
+    """Holds a loss as the LightningModule does.
+
+    Args:
+        loss: The loss.
+    """
+
+    def __init__(self, loss: CombinedLoss | None = None) -> None:
+        self.loss = loss
+
+
+def test_the_shipped_overlays_are_the_promised_ones():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == INTENDED.keys()
+
+
+@NAMES
+def test_an_overlay_sets_the_intended_values_and_nothing_else(name):
+    overlay = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    assert overlay.keys() == {"model"}
+    assert overlay["model"].keys() == {"loss"}
+    assert overlay["model"]["loss"].keys() == {"gamma", "alpha_focal", "alpha_chain"}
+    assert settings(CombinedLoss(**overlay["model"]["loss"])) == INTENDED[name]
+
+
+def test_the_defaults_are_the_papers():
+    assert settings(CombinedLoss()) == INTENDED["full"]
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(INTENDED, 2))
+def test_a_later_overlay_fully_overrides_an_earlier_one(first, second):
+    files = [f"--config={FOLDER / name}.yaml" for name in (first, second)]
+    assert settings(parse(*files)) == INTENDED[second]
+
+
+def test_any_field_is_a_flag():
+    loss = parse(
+        "--model.loss.gamma=.inf",
+        "--model.loss.chain_schedule.kind=warmup",
+        "--model.loss.chain_schedule.end=0.2",
+        '--model.loss.extra={"by_valid": {"term": {"class_path": "losses.Chain", '
+        '"init_args": {"normalize": "valid"}}, "weight": -3}}',
+    )
+    assert loss.gamma == math.inf
+    assert loss.chain_schedule == Schedule("warmup", end=0.2)
+    assert loss.extra == {"by_valid": WeightedTerm(losses.Chain("valid"), weight=-3.0)}
+
+
+@pytest.mark.parametrize("cls", [CombinedLoss, Schedule, WeightedTerm])
+def test_every_setting_has_a_line_of_help(cls):
+    documented = re.findall(r"^ {8}(\w+): ", cls.__doc__, flags=re.MULTILINE)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    assert documented[: len(fields)] == fields
+
+
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.iter_modules(losses.__path__)])
+def test_examples_in_docstrings_hold(module):
+    assert doctest.testmod(importlib.import_module(f"losses.{module}")).failed == 0

@@ -1,0 +1,126 @@
+"""Each term's value and gradient against float64 loops and against finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from losses import BlockScores, Chain, CombinedLoss, FirstErrorFocal, PositionalCrossEntropy
+from losses.positional import positional_weights
+from tests import losses_twins as twins
+
+NUM_SLOTS = 5
+LENGTHS = (5, 0, 1, 3, 5, 2, 0, 4)
+TERMS = {
+    "cross_entropy": (PositionalCrossEntropy(4.0), lambda s: twins.cross_entropy(s, 4.0)),
+    "uniform": (PositionalCrossEntropy(math.inf), lambda s: twins.cross_entropy(s, math.inf)),
+    "focal": (FirstErrorFocal(), twins.focal),
+    "focal_modulated": (FirstErrorFocal(2.0), lambda s: twins.focal(s, 2.0)),
+    "focal_half_modulated": (FirstErrorFocal(0.5), lambda s: twins.focal(s, 0.5)),
+    "focal_positional": (
+        FirstErrorFocal(1.0, positional_gamma=3.0),
+        lambda s: twins.focal(s, 1.0, 3.0),
+    ),
+    "chain": (Chain(), twins.chain),
+    "chain_by_valid": (Chain("valid"), lambda s: twins.chain(s, "valid")),
+}
+ALL_TERMS = pytest.mark.parametrize("name", TERMS)
+
+
+@ALL_TERMS
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_value_and_gradient_are_those_of_the_loop(name, seed, dtype):
+    term, twin = TERMS[name]
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed, dtype)
+    ratio, (numerator, denominator) = term(scores), twin(scores)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
+    assert ratio.numerator.dtype == ratio.denominator.dtype == dtype
+    assert ratio.numerator.shape == ratio.denominator.shape == ()
+    torch.testing.assert_close(ratio.numerator, numerator.to(dtype), **tolerance)
+    torch.testing.assert_close(ratio.denominator, torch.tensor(denominator, dtype=dtype))
+    torch.testing.assert_close(
+        twins.gradient(ratio.value, scores),
+        twins.gradient(twins.mean((numerator, denominator)), scores),
+        **tolerance,
+    )
+
+
+@ALL_TERMS
+def test_gradient_is_that_of_finite_differences(name):
+    term, _ = TERMS[name]
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=3)
+
+    def value(log_prob):
+        return term(BlockScores(log_prob, scores.correct, scores.valid)).value
+
+    assert torch.autograd.gradcheck(value, (scores.log_prob,))
+
+
+@pytest.mark.parametrize("settings", [{}, {"focal_modulation": 1.5, "focal_positional": True}])
+def test_gradient_of_the_total_is_that_of_finite_differences(settings):
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=4)
+    loss = CombinedLoss(gamma=4.0, **settings)
+
+    def value(log_prob):
+        return loss(BlockScores(log_prob, scores.correct, scores.valid), 0.0).total
+
+    assert torch.autograd.gradcheck(value, (scores.log_prob,))
+
+
+def test_total_is_that_of_the_loop():
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=5)
+    out, expected = CombinedLoss()(scores, 0.0), twins.total(scores)
+    torch.testing.assert_close(out.total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        twins.gradient(out.total, scores), twins.gradient(expected, scores), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_focal_selection_is_not_differentiated_and_touches_one_slot_of_a_block():
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=6)
+    touched = twins.gradient(FirstErrorFocal()(scores).value, scores) != 0
+    assert touched.any()
+    assert (touched.sum(1) <= 1).all()
+    before = touched.long().cumsum(1) == 0  # slots before j*: all correct
+    assert scores.correct[before & scores.valid].all()
+    assert not scores.correct[touched].any()
+
+
+def dpace_weights(probs):
+    """D-PACE's w_j = sum_{m>=j} prod_{i<=m} q~_i without smoothing: q~ = q (a = 0)."""
+    return [sum(math.prod(probs[: m + 1]) for m in range(j, len(probs))) for j in range(len(probs))]
+
+
+def test_chain_gradient_is_dpace_weights_over_n():
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=7)
+    blocks = sum(length > 0 for length in LENGTHS)
+    expected = torch.zeros_like(scores.log_prob)
+    for m, length in enumerate(LENGTHS):
+        probs = scores.log_prob[m, :length].exp().tolist()
+        for j, w_j in enumerate(dpace_weights(probs)):
+            expected[m, j] = w_j / NUM_SLOTS / blocks
+    torch.testing.assert_close(
+        twins.gradient(Chain()(scores).value, scores), expected, rtol=1e-12, atol=1e-15
+    )
+
+
+def test_positional_weights_for_block_size_8_and_gamma_4():
+    """A18: the first port of DFlash had other weights than the paper."""
+    weights_N = positional_weights(4.0, torch.zeros(7, dtype=torch.float64))
+    expected = torch.tensor([math.exp(-(k - 1) / 4) for k in range(1, 8)], dtype=torch.float64)
+    torch.testing.assert_close(weights_N, expected, rtol=1e-15, atol=0)
+    assert [round(w, 4) for w in weights_N[:3].tolist()] == [1.0, 0.7788, 0.6065]
+
+
+def test_infinite_gamma_is_exactly_uniform():
+    assert torch.equal(positional_weights(math.inf, torch.zeros(63)), torch.ones(63))
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=8, dtype=torch.float32)
+    terms = CombinedLoss(gamma=math.inf)(scores, 0.0).terms
+    for part in ("numerator", "denominator"):
+        uniform = getattr(terms["cross_entropy_uniform"], part)
+        assert torch.equal(getattr(terms["cross_entropy"], part).detach(), uniform)
+    mean_nll = -scores.log_prob[scores.valid].double().mean()
+    torch.testing.assert_close(terms["cross_entropy_uniform"].value.double(), mean_nll.detach())

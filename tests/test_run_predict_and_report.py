@@ -1,0 +1,94 @@
+"""predict and report on a trained tiny drafter: exact text, figures that agree across modes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import evaluate
+from tests.runs import ROOT, cli, find_target
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run = cli(folder, trainer__max_epochs=12, model__learning_rate=5e-3, data__val_rows=1)
+    prompts = folder / "prompts.jsonl"
+    rows = [{"prompt": f"What is the sum of two and three? {i}"} for i in range(6)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, run, prompts
+
+
+def test_predict_writes_the_targets_own_greedy_text(trained):
+    folder, run, prompts = trained
+    out = folder / "out.jsonl"
+    cli(
+        folder,
+        "predict",
+        extra=("--ckpt_path", str(folder / "run" / "checkpoints" / "last.ckpt")),
+        data__predict_prompts=str(prompts),
+        model__decoding={"max_new_tokens": 20},
+        predictions__output=str(out),
+    )
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(range(6))
+    target = run.datamodule.target
+    expected = target.generate([line["prompt_ids"] for line in lines], 20)
+    assert [line["response_ids"] for line in lines] == [r.ids for r in expected]
+    for line in lines:
+        assert sum(line["round_lengths"]) == len(line["response_ids"]) - 1
+        assert line["text"]
+        assert line["tokens_per_second"] > 0
+
+
+def test_report_by_replay_equals_report_by_the_real_loop(trained, capsys, monkeypatch):
+    folder, _, prompts = trained
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    results = {}
+    for mode in ("replay", "decode"):
+        out = folder / f"{mode}.json"
+        evaluate.main(
+            ["report", "--ckpt", str(folder / "run"), "--prompts", str(prompts), "--mode", mode,
+             "--max-new-tokens", "20", "--output", str(out)]
+        )
+        results[mode] = json.loads(out.read_text())["drafters"][0]
+    printed = capsys.readouterr().out
+    assert "accepted length" in printed
+    assert "prompts" in printed
+    replayed, decoded = (results[mode]["sets"]["prompts"] for mode in ("replay", "decode"))
+    for key, value in replayed.items():
+        if "all_anchors" not in key:
+            assert decoded[key] == pytest.approx(value, nan_ok=True), key
+    assert decoded["tokens_per_second_plain"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt", "nowhere.ckpt", "--prompts", "p.jsonl"], "nowhere.ckpt"),
+        (["--ckpt", str(ROOT / "README.md"), "--prompts", "p.jsonl"], "not a checkpoint"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_drafter_of_another_target_is_refused(trained, tmp_path, capsys):
+    from tests.tiny import tiny_target_dir
+
+    folder, _, prompts = trained
+    other = tiny_target_dir(tmp_path, "llama", num_hidden_layers=6)
+    assert str(find_target(folder)) != other
+    with pytest.raises(SystemExit):
+        evaluate.main(
+            ["--ckpt", str(folder / "run"), "--prompts", str(prompts), "--target", other]
+        )
+    assert "was made for a target" in capsys.readouterr().err
+    assert torch.is_grad_enabled()
