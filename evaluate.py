@@ -24,10 +24,20 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("report", help="accepted length of one or more drafters")
-    verb.add_argument("--ckpt", action="append", required=True, metavar="PATH",
-                      help="checkpoint (.ckpt), run folder, or drafter folder; repeatable")
-    verb.add_argument("--prompts", nargs="+", required=True, metavar="FILE",
-                      help="prompt files; each is a set named by its stem")
+    verb.add_argument(
+        "--ckpt",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="checkpoint (.ckpt), run folder, or drafter folder; repeatable",
+    )
+    verb.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="prompt files; each is a set named by its stem",
+    )
     verb.add_argument("--target", help="target; default: the one recorded in the checkpoint")
     verb.add_argument("--gguf-file", help="GGUF file inside the target's folder")
     verb.add_argument("--mode", choices=("replay", "decode"), default="replay")

@@ -137,7 +137,9 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         if isinstance(old, dict) and isinstance(new, dict):
             lines += _differences(old, new, f"{prefix}{key}.")
         elif old != new and list_or_same(old) != list_or_same(new):
-            lines.append(f"model.{prefix}{key}: checkpoint {old}, this run {new} (this run's holds)")
+            lines.append(
+                f"model.{prefix}{key}: checkpoint {old}, this run {new} (this run's holds)"
+            )
     return lines
 
 

@@ -99,12 +99,18 @@ class RunSummary(Callback):
         """Prints run folder, checkpoints, the TensorBoard line and the command to continue."""
         if trainer.fast_dev_run:
             return
-        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None)
-        last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
+        best = next(
+            (c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), None
+        )
+        last = next(
+            (c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None
+        )
         length = trainer.callback_metrics.get(MONITOR)
         print()
         if length is not None:
-            print(f"accepted length   {float(length):.3f} tokens per target pass (1.0 = no drafter)")
+            print(
+                f"accepted length   {float(length):.3f} tokens per target pass (1.0 = no drafter)"
+            )
         print(f"run folder        {self.run_dir}")
         if best is not None and best.best_model_path:
             print(f"best checkpoint   {_relative(best.best_model_path)}")

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -184,9 +183,7 @@ class SpeculativeVerification(Callback):
         if self.held_out and rows is not None:
             prompts += held_out_prompts(rows, limit)
         for name, path in self.prompt_sets.items():
-            loaded = load_prompts(
-                path, target.tokenizer, vocab_size=target.vocab_size, limit=limit
-            )
+            loaded = load_prompts(path, target.tokenizer, vocab_size=target.vocab_size, limit=limit)
             prompts += [EvalPrompt(name, p.prompt_id, p.ids, p.response_ids) for p in loaded]
         if not prompts:
             raise UserError(
@@ -203,8 +200,7 @@ class SpeculativeVerification(Callback):
         names = _union_over_ranks(names, trainer)
         block_size = drafter.config.block_size
         metrics = {
-            name: DrafterMetrics(block_size - 1).to(pl_module.device)
-            for name in (ALL_SETS, *names)
+            name: DrafterMetrics(block_size - 1).to(pl_module.device) for name in (ALL_SETS, *names)
         }
         lengths = torch.zeros(block_size + 1, dtype=torch.float64)
 

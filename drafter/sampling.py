@@ -1,8 +1,8 @@
 """How a token is chosen from logits: warping, ties, and reproducible random numbers.
 
-One room for the conventions that the target, the drafter and the verification must share (method.md,
-Exact verification): the warp (temperature, then top-k, then top-p, renormalised), the tie rule
-(the lowest id), and uniforms that depend on (seed, prompt, position, stream) alone.
+One room for the conventions that the target, the drafter and the verification must share
+(method.md, Exact verification): the warp (temperature, then top-k, then top-p, renormalised), the
+tie rule (the lowest id), and uniforms that depend on (seed, prompt, position, stream) alone.
 
 Legend: V vocabulary, R positions of a response; `...` any leading dimensions.
 """
@@ -95,9 +95,8 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         # A stable sort leaves equal probabilities in order of id.
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        mass_before = ordered.cumsum(dim=-1) - ordered
-        keep_ordered = mass_before < sampling.top_p
-        keep_ordered[..., 0] = True
+        keep_ordered = torch.ones_like(ordered, dtype=torch.bool)
+        keep_ordered[..., 1:] = ordered.cumsum(dim=-1)[..., :-1] < sampling.top_p
         keep = torch.zeros_like(keep_ordered).scatter_(-1, order, keep_ordered)
         probs = probs.masked_fill(~keep, 0.0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
@@ -155,8 +154,7 @@ def keyed_uniforms(
     # One counter step yields four 64-bit words; `advance` moves by whole steps.
     philox.advance(start // 4)
     words = philox.random_raw(start % 4 + count)[start % 4 :]
-    uniforms: npt.NDArray[np.float64] = (words >> np.uint64(11)) * 2.0**-53
-    return uniforms
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def keyed_uniform(seed: int, prompt_id: int, position: int, stream: int) -> float:

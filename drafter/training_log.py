@@ -71,9 +71,7 @@ class WindowLog:
         pairs = [self._sums[name] for name in names]
         flat = torch.stack([part.float() for r in pairs for part in (r.numerator, r.denominator)])
         total = reduce(flat).view(-1, 2)
-        values = {
-            name: Ratio(total[i, 0], total[i, 1]).value for i, name in enumerate(names)
-        }
+        values = {name: Ratio(total[i, 0], total[i, 1]).value for i, name in enumerate(names)}
         values["loss"] = torch.stack([w * values[name] for name, w in weights.items()]).sum()
         for name, gradient in self._gradients.items():
             values[GRADIENT_PREFIX + name] = reduce(gradient).norm()

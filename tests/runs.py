@@ -89,9 +89,7 @@ def find_target(folder: Path) -> Path:
     return next(path.parent for path in folder.glob("*/tokenizer.json"))
 
 
-def cli(
-    folder: Path, command: str = "fit", extra: tuple[str, ...] = (), **changes: Any
-) -> Any:
+def cli(folder: Path, command: str = "fit", extra: tuple[str, ...] = (), **changes: Any) -> Any:
     """Runs `train.py COMMAND` in this process and returns the CLI object."""
     path = folder / f"{command}.yaml"
     path.write_text(yaml.safe_dump(config(folder, **changes)))

@@ -46,9 +46,10 @@ def test_the_mask_equals_its_element_by_element_definition(case, attention):
         assert torch.equal(visibility.dense, expected)
         return
     rows, _, slots, keys = expected.shape
-    grid = [torch.arange(n).view(shape) for n, shape in zip(
-        (rows, slots, keys), ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True
-    )]
+    grid = [
+        torch.arange(n).view(shape)
+        for n, shape in zip((rows, slots, keys), ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True)
+    ]
     seen = visibility.flex.mask_mod(grid[0], torch.zeros(1).long(), grid[1], grid[2])
     assert torch.equal(seen, expected[:, 0])
 
@@ -71,9 +72,16 @@ def test_flex_and_sdpa_attend_alike():
 def small_drafter(block_size=8, layers=2):
     torch.manual_seed(0)
     config = DrafterConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
-        block_size=block_size, num_target_layers=8,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        block_size=block_size,
+        num_target_layers=8,
         dflash_config={"mask_token_id": 63, "target_layer_ids": [1, 4]},
     )
     return Drafter(config)

@@ -286,9 +286,7 @@ def test_generation_marks_serve_where_renderings_do_not_and_are_trimmed():
     # the title repeats the first answer, so contents cannot be told apart by rendering again;
     # the marks hold header and newline too, which the target does not write
     messages = [user("hello"), assistant("how are"), user("you"), assistant("today"), user("the")]
-    check(
-        byte_bpe(GENERATION_MARKS, eos="</s>"), messages, ["how are<|end|>", "today<|end|>"]
-    )
+    check(byte_bpe(GENERATION_MARKS, eos="</s>"), messages, ["how are<|end|>", "today<|end|>"])
 
 
 def test_a_turn_that_cannot_be_located_is_an_error_naming_the_row():
@@ -296,9 +294,7 @@ def test_a_turn_that_cannot_be_located_is_an_error_naming_the_row():
     tokenizer.chat_template = tokenizer.chat_template.replace("{% endgeneration %}", "")
     chat = ChatFormat(tokenizer)
     with pytest.raises(UserError, match=r"a\.jsonl, line 7: cannot tell where message 1"):
-        encode_conversation(
-            chat, [user("a"), assistant("b"), user("c")], None, "a.jsonl, line 7"
-        )
+        encode_conversation(chat, [user("a"), assistant("b"), user("c")], None, "a.jsonl, line 7")
 
 
 def test_a_template_without_the_answer_is_refused_at_once():

@@ -50,8 +50,19 @@ def test_report_by_replay_equals_report_by_the_real_loop(trained, capsys, monkey
     for mode in ("replay", "decode"):
         out = folder / f"{mode}.json"
         evaluate.main(
-            ["report", "--ckpt", str(folder / "run"), "--prompts", str(prompts), "--mode", mode,
-             "--max-new-tokens", "20", "--output", str(out)]
+            [
+                "report",
+                "--ckpt",
+                str(folder / "run"),
+                "--prompts",
+                str(prompts),
+                "--mode",
+                mode,
+                "--max-new-tokens",
+                "20",
+                "--output",
+                str(out),
+            ]
         )
         results[mode] = json.loads(out.read_text())["drafters"][0]
     printed = capsys.readouterr().out
@@ -87,8 +98,6 @@ def test_a_drafter_of_another_target_is_refused(trained, tmp_path, capsys):
     other = tiny_target_dir(tmp_path, "llama", num_hidden_layers=6)
     assert str(find_target(folder)) != other
     with pytest.raises(SystemExit):
-        evaluate.main(
-            ["--ckpt", str(folder / "run"), "--prompts", str(prompts), "--target", other]
-        )
+        evaluate.main(["--ckpt", str(folder / "run"), "--prompts", str(prompts), "--target", other])
     assert "was made for a target" in capsys.readouterr().err
     assert torch.is_grad_enabled()

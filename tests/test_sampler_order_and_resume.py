@@ -109,9 +109,14 @@ def test_the_window_counts_are_those_of_the_whole_accumulation_window():
         assert all(torch.equal(batch.window_counts, counts) for batch in window)
 
 
-@pytest.mark.parametrize(("key", "change"), [("batch_size", {"batch_size": 4}),
-                                             ("world_size", {"world": 2}),
-                                             ("accumulate_grad_batches", {"accumulate": 2})])
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("batch_size", {"batch_size": 4}),
+        ("world_size", {"world": 2}),
+        ("accumulate_grad_batches", {"accumulate": 2}),
+    ],
+)
 def test_resuming_under_another_order_is_refused_by_name(key, change):
     state = make_loader().state_dict()
     with pytest.raises(UserError, match=key):

@@ -114,7 +114,9 @@ def report(
     for loaded in drafters:
         check_fits(loaded, target)
         drafter = loaded.drafter.to(device=target.device, dtype=target.dtype)
-        results.append(_measure_one(loaded, drafter, target, trajectories, settings, mode, progress))
+        results.append(
+            _measure_one(loaded, drafter, target, trajectories, settings, mode, progress)
+        )
     return {
         "format": FORMAT,
         "mode": mode,

@@ -1,0 +1,151 @@
+"""Batched responses of the target, greedy or sampled.
+
+Legend: B prompts of a batch, S padded prompt length, V vocabulary.
+
+Random numbers are keyed by (seed, prompt, position), so a response does not depend on the company
+that its prompt is generated in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from drafter.sampling import STREAM_TARGET, Sampling, argmax, draw, keyed_uniform, warp
+
+if TYPE_CHECKING:
+    from drafter.target import Target
+
+
+@dataclass
+class Response:
+    """What the target answered.
+
+    Attributes:
+        ids: Token ids, with the EOS that ended it.
+        log_probs: log p(token) under the warped distribution; empty when greedy.
+        finished: Whether an EOS ended it rather than the limit.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+def generate(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int,
+    prompt_ids: Sequence[int] | None,
+    batch_size: int,
+    progress: bool,
+) -> list[Response]:
+    """Returns a response to every prompt, in the order given.
+
+    Args:
+        target: The frozen target.
+        prompts: Token ids, at least one each.
+        max_new_tokens: Limit of a response.
+        sampling: How tokens are chosen.
+        seed: Of sampled responses.
+        prompt_ids: With the seed, the keys of the random numbers; None for 0, 1, 2, ...
+        batch_size: Prompts at once; those of similar length go together.
+        progress: Show a bar.
+    """
+    keys = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
+    by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    responses = [Response() for _ in prompts]
+    tokens = 0
+    with tqdm(
+        total=len(prompts), desc="target answers", unit="prompt", disable=not progress
+    ) as bar:
+        for start in range(0, len(prompts), batch_size):
+            chosen = by_length[start : start + batch_size]
+            batch = _Batch(target, [prompts[i] for i in chosen], [keys[i] for i in chosen])
+            for i, response in zip(chosen, batch.run(max_new_tokens, sampling, seed), strict=True):
+                responses[i] = response
+                tokens += len(response.ids)
+            bar.update(len(chosen))
+            seconds = max(1e-9, float(bar.format_dict["elapsed"]))
+            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
+    return responses
+
+
+class _Batch:
+    """Left-padded prompts and their cache; finished rows leave."""
+
+    def __init__(
+        self, target: Target, prompts: Sequence[Sequence[int]], keys: Sequence[int]
+    ) -> None:
+        longest = max(len(prompt) for prompt in prompts)
+        device = target.device
+        self.target = target
+        self.keys = list(keys)
+        self.ids_BS = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        self.mask_BS = torch.zeros_like(self.ids_BS)
+        for row, prompt in enumerate(prompts):
+            self.ids_BS[row, longest - len(prompt) :] = torch.tensor(list(prompt), device=device)
+            self.mask_BS[row, longest - len(prompt) :] = 1
+        self.lengths_B = self.mask_BS.sum(1)
+        self.cache = DynamicCache()  # whole context in every layer, see TargetSession
+
+    @torch.no_grad()
+    def run(self, max_new_tokens: int, sampling: Sampling, seed: int) -> list[Response]:
+        responses = [Response() for _ in self.keys]
+        rows = list(range(len(self.keys)))  # which responses the batch's rows belong to
+        ends = torch.tensor(self.target.eos_token_ids, device=self.ids_BS.device)
+        ids_BS, positions_BS = self.ids_BS, (self.mask_BS.cumsum(1) - 1).clamp(min=0)
+        for step in range(max_new_tokens):
+            last_BSD, _ = self.target.run(
+                (),
+                self.cache,
+                input_ids=ids_BS,
+                attention_mask=self.mask_BS,
+                position_ids=positions_BS,
+            )
+            logits_BV = self.target.head.logits(last_BSD[:, -1])
+            chosen_B, log_probs_B = self._choose(logits_BV, rows, sampling, seed, step)
+            ended = torch.isin(chosen_B, ends).tolist()
+            tokens, log_probs = chosen_B.tolist(), log_probs_B.tolist()
+            for i, row in enumerate(rows):
+                responses[row].ids.append(tokens[i])
+                responses[row].finished = ended[i]
+                if not sampling.greedy:
+                    responses[row].log_probs.append(log_probs[i])
+            keep = [i for i, end in enumerate(ended) if not end]
+            if not keep:
+                break
+            if len(keep) < len(rows):
+                rows = [rows[i] for i in keep]
+                index = torch.tensor(keep, device=chosen_B.device)
+                self.cache.batch_select_indices(index)
+                self.mask_BS, chosen_B = self.mask_BS[index], chosen_B[index]
+                self.lengths_B = self.lengths_B[index]
+            ids_BS = chosen_B.unsqueeze(1)
+            positions_BS = (self.lengths_B + step).unsqueeze(1)
+            self.mask_BS = torch.cat((self.mask_BS, torch.ones_like(ids_BS)), 1)
+        return responses
+
+    def _choose(
+        self, logits_BV: Tensor, rows: list[int], sampling: Sampling, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the next tokens (B,) and their warped log-probabilities (B,)."""
+        if sampling.greedy:
+            chosen_B = argmax(logits_BV)
+            return chosen_B, torch.zeros_like(chosen_B, dtype=torch.float32)
+        probs_BV = warp(logits_BV, sampling)
+        uniforms_B = torch.tensor(
+            [keyed_uniform(seed, self.keys[row], step, STREAM_TARGET) for row in rows],
+            dtype=torch.float64,
+        )
+        chosen_B = draw(probs_BV, uniforms_B)
+        return chosen_B, probs_BV.gather(-1, chosen_B[:, None]).squeeze(-1).log()
