@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data.prompt_sets import load_prompts
-from drafter.errors import UserError
+from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.report import load_drafter, report, table
 from drafter.evaluation.trajectories import TrajectorySettings
 from drafter.files import cache_root, write_atomic
@@ -107,11 +107,8 @@ def default_device() -> str:
 def main(args: list[str] | None = None) -> None:
     """Runs a verb; prints a user's mistake as one sentence and exits with code 2."""
     options = parse(args)
-    try:
+    with one_sentence_errors():
         run_report(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from callbacks.predictions import PredictionWriter
 from callbacks.run_files import Provenance, RunSummary, SaveRunConfig
 from callbacks.verification import SpeculativeVerification
 from data.online import OnlineHiddenStates
-from drafter.errors import UserError
+from drafter.errors import UserError, one_sentence_errors
 from drafter.module import DrafterModule
 
 RUN_DIR_VARIABLE = "L2R_RUN_DIR"
@@ -158,7 +157,7 @@ def _int_seed(seed: Any) -> int:
 
 def main(args: list[str] | None = None) -> DrafterCLI:
     """Parses, builds and runs; prints a user's mistake as one sentence and exits with code 2."""
-    try:
+    with one_sentence_errors():
         return DrafterCLI(
             DrafterModule,
             OnlineHiddenStates,
@@ -171,9 +170,6 @@ def main(args: list[str] | None = None) -> DrafterCLI:
             },
             args=args,
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

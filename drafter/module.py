@@ -33,7 +33,7 @@ from losses.scores import BlockScores
 CHECKPOINT_KEY = "drafter_config"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Decoding:
     """How `predict` decodes.
 
@@ -50,6 +50,10 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+
+DEFAULT_LOSS = CombinedLoss()
+DEFAULT_DECODING = Decoding()
 
 
 class DrafterModule(LightningModule):
@@ -85,7 +89,7 @@ class DrafterModule(LightningModule):
 
     def __init__(
         self,
-        loss: CombinedLoss | None = None,
+        loss: CombinedLoss = DEFAULT_LOSS,
         block_size: int = 16,
         num_layers: int = 4,
         target_layer_ids: list[int] | None = None,
@@ -103,12 +107,12 @@ class DrafterModule(LightningModule):
         attention: AttentionKind = "auto",
         compile_drafter: bool = False,
         log_gradient_norms_every: int = 0,
-        decoding: Decoding | None = None,
+        decoding: Decoding = DEFAULT_DECODING,
     ) -> None:
         super().__init__()
         check_block_size(block_size)
         # a checkpoint's hyper-parameters are plain values (weights_only), so loss may be a dict
-        self.loss = CombinedLoss(**loss) if isinstance(loss, dict) else loss or CombinedLoss()
+        self.loss = CombinedLoss(**loss) if isinstance(loss, dict) else loss
         self.save_hyperparameters(
             {
                 "loss": dataclasses.asdict(self.loss),
@@ -132,7 +136,7 @@ class DrafterModule(LightningModule):
             },
             logger=False,
         )
-        self.decoding = decoding or Decoding()
+        self.decoding = decoding
         self.drafter: Drafter | None = None
         self._target: Target | None = None
         self._log = WindowLog()

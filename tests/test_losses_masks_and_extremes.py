@@ -128,6 +128,16 @@ def test_extreme_probabilities_give_finite_losses_and_gradients(loss, low):
     assert (gradient != 0).all()
 
 
+@ALL_LOSSES
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_no_nan_arises_inside_the_backward_pass_either(loss):
+    """Else Lightning's `detect_anomaly: true` would stop a sound run."""
+    scores = twins.random_scores((4, 0, 2, 1), 4, seed=1, dtype=torch.float32)
+    scores.correct[0] = True  # a block without an error
+    with torch.autograd.detect_anomaly():
+        loss(scores, 0.0).total.backward()
+
+
 def test_a_ratio_over_nothing_is_zero_with_a_finite_gradient():
     numerator = torch.zeros((), requires_grad=True)
     value = Ratio(numerator * 2, torch.zeros(())).value

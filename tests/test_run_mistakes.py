@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ ANSWER = {"prompt": "What?", "response": "The answer is five."}
 MISTAKES = {
     "missing file": (lambda f, m: {"data__train_data": str(f / "nowhere.jsonl")}, "nowhere.jsonl"),
     "malformed line": (malformed, r"bad\.jsonl.*2"),
-    "empty response": (lambda f, m: rows(f, {"prompt": "a", "response": ""}), "(?i)no .*row"),
+    "empty response": (lambda f, m: rows(f, {"prompt": "a", "response": ""}), "(?i)empty response"),
     "no supervised token": (
         lambda f, m: rows(f, {"messages": [{"role": "user", "content": "hello there"}]}),
         "(?i)supervised|assistant",
@@ -103,7 +104,5 @@ def test_a_mistake_is_one_sentence_without_a_traceback(mistake, tmp_path, monkey
     assert stop.value.code == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1, error
-    import re
-
     assert re.search(message, error[0]), error[0]
     assert "Traceback" not in error[0]

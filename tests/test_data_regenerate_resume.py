@@ -1,0 +1,119 @@
+"""Guards B11: after a kill, responses redone, missing, or half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data.prompt_sets import load_prompts
+from data.regenerate import main, regenerate
+from drafter.errors import UserError
+from drafter.sampling import Sampling
+from drafter.target import Target
+from tests.runs import ROOT
+from tests.tiny import tiny_target_dir
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("regenerate")
+    path = tiny_target_dir(folder)
+    prompts = folder / "prompts.jsonl"
+    rows = [{"prompt": f"Count them {'and so on ' * (i % 5)}{i}."} for i in range(11)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = Target.load(path)
+    return folder, path, target, load_prompts(str(prompts), target.tokenizer)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.9)], ids=["greedy", "sampled"])
+def test_a_run_broken_off_and_resumed_writes_what_an_unbroken_one_writes(setting, tmp_path, sampling):
+    _, _, target, prompts = setting
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert regenerate(target, prompts, whole, sampling=sampling, max_new_tokens=8) == 11
+
+    class Stopped(Exception):
+        pass
+
+    class Breaking:
+        def __init__(self, calls):
+            self.calls = calls
+
+        def __getattr__(self, name):
+            return getattr(target, name)
+
+        def generate(self, *args, **kwargs):
+            self.calls -= 1
+            if self.calls < 0:
+                raise Stopped
+            return target.generate(*args, **kwargs)
+
+    with pytest.raises(Stopped):
+        regenerate(
+            Breaking(2), prompts, broken, sampling=sampling, max_new_tokens=8, batch_size=3
+        )
+    assert not broken.exists()
+    partial = tmp_path / "broken.jsonl.partial"
+    assert len(lines(partial)) == 6
+    with partial.open("a") as file:
+        file.write('{"set": "prompts", "id": 9, "torn')
+    made = regenerate(target, prompts, broken, sampling=sampling, max_new_tokens=8, batch_size=4)
+    assert made == 5
+    assert lines(broken) == lines(whole)
+    assert [line["id"] for line in lines(whole)] == list(range(11))
+    assert not partial.exists()
+    assert regenerate(target, prompts, broken, sampling=sampling, max_new_tokens=8) == 0
+
+
+def test_a_killed_process_loses_nothing(setting, tmp_path):
+    folder, path, target, prompts = setting
+    out = tmp_path / "out.jsonl.gz"
+    command = [sys.executable, "-m", "data.regenerate", "--target", path, "--prompts",
+               str(folder / "prompts.jsonl"), "--output", str(out), "--max-new-tokens", "200",
+               "--batch-size", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "out.jsonl.gz.partial"
+    for _ in range(600):
+        if partial.exists() and partial.read_bytes().count(b"\n") >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    before = partial.read_bytes()
+    main(command[3:])
+    assert not partial.exists()
+    from data.regenerate import _read
+
+    after = _read(out)
+    assert [line["id"] for line in after] == list(range(11))
+    kept = [json.loads(line) for line in before.splitlines() if line.endswith(b"}")]
+    assert len(kept) >= 2
+    assert all(line in after for line in kept)
+
+
+def test_other_settings_on_the_same_output_are_refused_by_name(setting, tmp_path):
+    _, _, target, prompts = setting
+    out = tmp_path / "out.jsonl"
+    regenerate(target, prompts[:2], out, max_new_tokens=4)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        regenerate(target, prompts, out, max_new_tokens=5)
+
+
+def test_greedy_responses_are_the_targets_own(setting, tmp_path):
+    _, _, target, prompts = setting
+    out = tmp_path / "out.jsonl"
+    regenerate(target, prompts, out, max_new_tokens=9)
+    expected = target.generate([p.ids for p in prompts], 9)
+    assert [line["response_ids"] for line in lines(out)] == [r.ids for r in expected]
+    assert [line["finished"] for line in lines(out)] == [r.finished for r in expected]
