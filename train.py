@@ -62,6 +62,13 @@ class DrafterCLI(LightningCLI):
         for line in _differences(saved, config.model.as_dict()):
             print(f"[resume] {line}", flush=True)
 
+    def instantiate_classes(self) -> None:
+        """Instantiates all; a setting that a class refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(str(error).strip()) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Chooses the run folder and gives the trainer its logger and the closing callbacks."""
         run_dir = self._get(self.config_init, "run_dir")

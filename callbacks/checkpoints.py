@@ -30,6 +30,7 @@ class BestCheckpoint(ModelCheckpoint):
             monitor=monitor,
             mode="max",
             save_top_k=1,
+            save_on_train_epoch_end=False,  # else Lightning would not save after validation
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
@@ -58,6 +59,7 @@ class LastCheckpoint(ModelCheckpoint):
             filename="last",
             monitor=None,
             save_top_k=1,
+            save_on_train_epoch_end=False,  # else Lightning would not save after validation
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )

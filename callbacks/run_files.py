@@ -126,6 +126,23 @@ class RunSummary(Callback):
         )
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings as dotted keys with plain values.
+
+    Example:
+        >>> flatten({"loss": {"gamma": 10.0}, "betas": [0.9, 0.95]})
+        {'loss.gamma': 10.0, 'betas': '[0.9, 0.95]'}
+    """
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            out[f"{prefix}{key}"] = value if plain else str(value)
+    return out
+
+
 def _python_tool(name: str) -> str:
     beside = Path(sys.executable).parent / name
     return _relative(beside) if beside.exists() else name

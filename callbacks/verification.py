@@ -14,8 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from callbacks.checkpoints import MONITOR
+from callbacks.run_files import flatten
 from data.conversations import RowSet
 from data.prompt_sets import load_prompts
 from drafter.errors import UserError
@@ -89,7 +92,7 @@ class SpeculativeVerification(Callback):
         every_n_epochs: int = 1,
         before_training: bool = True,
         batch_size: int = 32,
-        anchors_per_chunk: int = 64,
+        anchors_per_chunk: int = 128,
         feature_budget_gb: float = 4.0,
         cache_dir: str | None = None,
         progress: bool = True,
@@ -129,8 +132,13 @@ class SpeculativeVerification(Callback):
         if not self.before_training or trainer.global_step > 0 or trainer.fast_dev_run:
             return
         self.initial = self._verify(trainer, pl_module)
+        scalars = _scalars(self.initial, self._argmax_share)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            # once, flat and with a metric, or TensorBoard's HPARAMS tab stays empty
+            start = {MONITOR: scalars.pop(MONITOR)}
+            trainer.logger.log_hyperparams(flatten(dict(pl_module.hparams)), start)
         if trainer.logger is not None:
-            trainer.logger.log_metrics(_scalars(self.initial, self._argmax_share), step=0)
+            trainer.logger.log_metrics(scalars, step=0)
         self._show(trainer, self.initial, "before training", step=0)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,7 +241,7 @@ class SpeculativeVerification(Callback):
         return Verified(
             figures,
             _sum_over_ranks(lengths, trainer).long(),
-            marked_sample(done[0], target.tokenizer) if done else "",
+            marked_sample(_first(done), target.tokenizer) if done else "",
             time.perf_counter() - begun,
         )
 
@@ -285,6 +293,10 @@ def marked_sample(response: MeasuredResponse, tokenizer: Any) -> str:
     text = tokenizer.decode(response.trajectory.prompt.ids) + "".join(parts)
     indented = text.replace("\n", "\n    ")  # an indented block shows any text as it is
     return f"Accepted runs stand in ⟦brackets⟧.\n\n    {indented}"
+
+
+def _first(done: list[MeasuredResponse]) -> MeasuredResponse:
+    return min(done, key=lambda response: response.trajectory.prompt.prompt_id)
 
 
 def _scalars(verified: Verified, argmax_share: float | None) -> dict[str, float]:

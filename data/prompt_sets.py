@@ -48,8 +48,8 @@ def load_prompts(
     assistant turn) or {"prompt_ids": [...]}, which may come with "response_ids".
 
     Args:
-        source: files (json, jsonl, parquet; plain or .gz), a folder of them, or a list. A file's set
-            is named by its name up to the first dot.
+        source: files (json, jsonl, parquet; plain or .gz), a folder of them, or a list. A file's
+            set is named by its name up to the first dot.
         tokenizer: the target's; text is rendered with its template and the generation prompt.
         vocab_size: rows of the target's embedding, to check ids against; None checks nothing.
         skip: rows of each file to pass over first. Prompt ids are rows' places in their file.

@@ -3,8 +3,8 @@
     python -m data.regenerate --target TARGET --prompts prompts.jsonl --output responses.jsonl.gz
 
 A drafter is accepted for guessing what its target would write, so this is what it should train on.
-Responses are appended to OUTPUT.partial as they come; a run that was killed goes on where it stopped.
-At the end all of them are put into the prompts' order and OUTPUT is written at once.
+Responses are appended to OUTPUT.partial as they come; a killed run goes on where it stopped. At the
+end all of them are put into the prompts' order and OUTPUT is written at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from data.files import write_atomically
 from data.prompt_sets import Prompt, load_prompts
@@ -54,9 +54,11 @@ def regenerate(
         progress: Show a bar with tokens per second.
 
     Raises:
-        UserError: The output was begun with other settings; names the field.
+        UserError: The output was begun with other settings (names the field) or other prompts, or
+            is a file of something else; a prompt leaves no room in the target's context.
     """
     sampling = sampling or Sampling()
+    _check_room(target, prompts, max_new_tokens, batch_size)
     settings = {
         "target": target.fingerprint,
         "dtype": str(target.dtype),
@@ -67,12 +69,19 @@ def regenerate(
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not partial.exists():
+        if not _sidecar(output).exists():
+            raise UserError(
+                f"{output} exists and was not written by this command ({_sidecar(output).name} is "
+                "missing): choose another --output."
+            )
         _check_settings(output, settings)
+        _check_prompts(output, prompts)
         if {_key(line) for line in _read(output)} >= {(p.set_name, p.prompt_id) for p in prompts}:
             return 0
         partial.write_bytes(_packed(_read(output), ".jsonl"))  # the prompts have grown
     _check_settings(output, settings)
     _drop_torn_line(partial)
+    _check_prompts(partial, prompts)
     done = {_key(line) for line in _read(partial)} if partial.exists() else set()
     waiting = [p for p in prompts if (p.set_name, p.prompt_id) not in done]
     _append(target, waiting, partial, max_new_tokens, sampling, seed, batch_size, progress)
@@ -131,7 +140,7 @@ def _append(
 
 def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     """Compares with the settings that the output was begun with, or records them."""
-    sidecar = output.with_name(output.name + ".settings.json")
+    sidecar = _sidecar(output)
     if not sidecar.exists():
         write_atomically(sidecar, (json.dumps(settings, indent=2) + "\n").encode())
         return
@@ -139,9 +148,40 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(
-                f"{output} was begun with {name} {before.get(name)}, now it is {value}: use the same "
-                "settings, or another --output."
+                f"{output} was begun with {name} {before.get(name)}, now it is {value}: use the "
+                "same settings, or another --output."
             )
+
+
+def _sidecar(output: Path) -> Path:
+    return output.with_name(output.name + ".settings.json")
+
+
+def _check_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """A response is kept only beside the prompt that it answers: ids alone do not tell."""
+    asked = {(p.set_name, p.prompt_id): list(p.ids) for p in prompts}
+    for line in _read(path) if path.exists() else []:
+        if asked.get(_key(line), line["prompt_ids"]) != line["prompt_ids"]:
+            raise UserError(
+                f"{path}: prompt {line['id']} of set {line['set']!r} was another when its response "
+                "was written (its words, or the chat template): choose another --output."
+            )
+
+
+def _check_room(
+    target: Target, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int
+) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be positive"
+        )
+    longest = max(prompts, key=lambda p: len(p.ids))
+    if len(longest.ids) + max_new_tokens > target.max_length:
+        raise UserError(
+            f"prompt {longest.prompt_id} of set {longest.set_name!r} has {len(longest.ids)} "
+            f"tokens, which with {max_new_tokens} new ones is more than the target's context of "
+            f"{target.max_length}: lower --max-new-tokens or set --max-prompt-tokens"
+        )
 
 
 def _drop_torn_line(partial: Path) -> None:
@@ -186,6 +226,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="prompts of each file")
+    parser.add_argument("--max-prompt-tokens", type=int, help="leave longer prompts out")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--revision")
@@ -207,7 +248,11 @@ def main(args: list[str] | None = None) -> None:
             trust_remote_code=options.trust_remote_code,
         )
         prompts = load_prompts(
-            options.prompts, target.tokenizer, vocab_size=target.vocab_size, limit=options.limit
+            options.prompts,
+            target.tokenizer,
+            vocab_size=target.vocab_size,
+            limit=options.limit,
+            max_prompt_tokens=options.max_prompt_tokens,
         )
         made = regenerate(
             target,

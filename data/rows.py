@@ -119,8 +119,10 @@ class RowReport:
         if not self.read:
             raise UserError(f"{self.source}: no rows (after skip and limit)")
         reasons = "; ".join(f"{reason}: {tally}" for reason, tally in self.left_out.items())
+        hint = "; data/regenerate.py lets the target answer prompts"
         raise UserError(
             f"{self.source}: none of {self.read:,} rows has an anchor to train on: {reasons}"
+            f"{hint if UNSUPERVISED in self.left_out else ''}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,6 +226,9 @@ class RowTokenizer:
         open_turns = 0
         if isinstance(parsed, Tokens):
             ids, supervised = self._join(parsed)
+        elif not parsed.answers:
+            report.leave_out(row, UNSUPERVISED, f"no answer in {', '.join(row.data)}")
+            return None
         else:
             try:
                 rendered = encode_conversation(self.chat, parsed.messages, parsed.tools, row.where)

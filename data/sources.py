@@ -136,6 +136,8 @@ def _is_hub_id(name: str) -> bool:
 def file_suffix(path: Path) -> str | None:
     """Returns which of `SUFFIXES` the file has, whether or not .gz follows; None for another."""
     name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".settings.json"):  # what data/regenerate.py lays beside its output
+        return None
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 

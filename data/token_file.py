@@ -2,8 +2,8 @@
 
 A folder `tokens-<key>/` holds `index.json` and chunks `chunk-00000.safetensors`, each with the rows
 of one stretch of the source: `ids` int32 (T,), `supervised` bool (T,), `offsets` int64 (R+1,) where
-rows begin, `sample_ids` int64 (R,), and as metadata how many source rows were read before and after
-it, and the report up to there. A chunk is written aside, flushed to disk and renamed, so a kill at
+rows begin, `sample_ids` int64 (R,), and as metadata how many source rows had been read by its end
+and the report up to there. A chunk is written aside, flushed to disk and renamed, so a kill at
 any moment leaves whole chunks only, and the next run goes on after the last. All that the tokens
 depend on is in the key: another template, length or tokenizer is another folder, and a folder
 opened with another key is refused.
@@ -187,13 +187,13 @@ class _Writer:
                 rows.append(row)
                 tokens += len(row.input_ids)
             if tokens >= self.chunk_tokens or time.monotonic() - begun >= self.chunk_seconds:
-                self._write_chunk(rows, first)
+                self._write_chunk(rows)
                 rows, tokens, begun, first = [], 0, time.monotonic(), self.next_row
         if self.next_row > first:
-            self._write_chunk(rows, first)
+            self._write_chunk(rows)
         self._write_index(complete=True)
 
-    def _write_chunk(self, rows: list[TokenRow], first_row: int) -> None:
+    def _write_chunk(self, rows: list[TokenRow]) -> None:
         from safetensors.numpy import save
 
         none_i, none_b = np.zeros(0, np.int32), np.zeros(0, bool)
@@ -204,7 +204,6 @@ class _Writer:
             "sample_ids": np.asarray([row.sample_id for row in rows], dtype=np.int64),
         }
         metadata = {
-            "first_row": str(first_row),
             "next_row": str(self.next_row),
             "report": json.dumps(self.report.to_dict()),
         }
@@ -226,13 +225,11 @@ class _Writer:
         write_atomically(self.folder / INDEX, json.dumps(index, indent=1).encode())
 
     def _resume(self) -> None:
-        """Takes over the chunks that follow one another from row `next_row`; clears the rest."""
+        """Takes over the chunks from the first on without a gap; clears the rest."""
         _read_index(self.folder, self.key)
         while (path := self.folder / _chunk_name(len(self.chunks))).exists():
             file = _open_chunk(path)
             metadata = file.metadata()
-            if self.chunks and int(metadata["first_row"]) != self.next_row:
-                break
             self.next_row = int(metadata["next_row"])
             self.report = RowReport.from_dict(json.loads(metadata["report"]))
             self._take(path, file.get_slice("sample_ids").get_shape()[0])

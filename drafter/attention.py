@@ -30,7 +30,7 @@ def is_visible(
     anchor: Tensor,
     anchor_document: Tensor,
     key_document: Tensor,
-    context_length: int,
+    context_length: int | Tensor,
     block_size: int,
 ) -> Tensor:
     """Returns whether block slot `query` sees key `key` (method.md, Visibility); broadcasts.
@@ -47,7 +47,7 @@ def is_visible(
         anchor_document: Document id at that anchor.
         key_document: Document id at context position `key` (any value for block keys), -1 for
             padding.
-        context_length: S.
+        context_length: S; a 0-d tensor in compiled masks, which then serve every S.
         block_size: K.
     """
     in_context = key < context_length
@@ -138,17 +138,18 @@ def _flex_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) -> 
     rows, context_length = document_ids_BS.shape
     slots = anchors_BA.shape[1] * block_size
     anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
+    length = torch.tensor(context_length, device=anchors_BA.device)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         block = q // block_size
-        key_document = document_ids_BS[b, kv.clamp(max=context_length - 1)]
+        key_document = document_ids_BS[b, torch.minimum(kv, length - 1)]
         return is_visible(
             q,
             kv,
             anchors_BA[b, block],
             anchor_document_BA[b, block],
             key_document,
-            context_length,
+            length,
             block_size,
         )
 

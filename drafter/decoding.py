@@ -68,7 +68,7 @@ class Decoded:
     Attributes:
         ids: Response token ids, with the EOS that ended it.
         rounds: In order; the first token is prefill's and belongs to none.
-        drafts: N draft tokens of each round.
+        drafts: N argmax draft tokens of each round, also where sampled ones were verified.
         seconds: By phase: prefill, draft, verify, bookkeeping; synchronised on CUDA.
         finished: Whether an EOS ended it.
     """
@@ -134,7 +134,7 @@ def decode_speculatively(
         target.commit(round_.length)
         out.ids += round_.tokens
         out.rounds.append(round_)
-        out.drafts.append(draft)
+        out.drafts.append(argmax(draft_logits).tolist() if q_NV is not None else draft)
         out.finished = out.ids[-1] in eos_token_ids
         clock.lap("bookkeeping", target_logits)
     out.seconds = clock.seconds

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from drafter.sampling import STREAM_TARGET, Sampling, argmax, draw, keyed_uniform, warp
+from drafter.errors import UserError
+from drafter.sampling import STREAM_TARGET, Sampling, argmax, draw, keyed_uniforms, warp
+from drafter.target_session import frozen
 
 if TYPE_CHECKING:
     from drafter.target import Target
@@ -60,7 +63,12 @@ def generate(
         prompt_ids: With the seed, the keys of the random numbers; None for 0, 1, 2, ...
         batch_size: Prompts at once; those of similar length go together.
         progress: Show a bar.
+
+    Raises:
+        UserError: batch_size is not positive. (`Target.generate` checks the prompts.)
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
     keys = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
     by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     responses = [Response() for _ in prompts]
@@ -98,11 +106,24 @@ class _Batch:
         self.lengths_B = self.mask_BS.sum(1)
         self.cache = DynamicCache()  # whole context in every layer, see TargetSession
 
-    @torch.no_grad()
     def run(self, max_new_tokens: int, sampling: Sampling, seed: int) -> list[Response]:
+        """Returns the responses, in the order of the prompts."""
+        with frozen(self.target.device):
+            return self._run(
+                max_new_tokens, sampling, self._uniforms(max_new_tokens, sampling, seed)
+            )
+
+    def _uniforms(self, count: int, sampling: Sampling, seed: int) -> Tensor:
+        """Returns (B, count) fp64 on the CPU, each row a function of (seed, key) alone."""
+        if sampling.greedy:
+            return torch.empty(len(self.keys), 0)
+        rows = [keyed_uniforms(seed, key, count, STREAM_TARGET) for key in self.keys]
+        return torch.from_numpy(np.stack(rows))
+
+    def _run(self, max_new_tokens: int, sampling: Sampling, uniforms_BN: Tensor) -> list[Response]:
         responses = [Response() for _ in self.keys]
         rows = list(range(len(self.keys)))  # which responses the batch's rows belong to
-        ends = torch.tensor(self.target.eos_token_ids, device=self.ids_BS.device)
+        ends = self.ids_BS.new_tensor(self.target.eos_token_ids)
         ids_BS, positions_BS = self.ids_BS, (self.mask_BS.cumsum(1) - 1).clamp(min=0)
         for step in range(max_new_tokens):
             last_BSD, _ = self.target.run(
@@ -113,14 +134,18 @@ class _Batch:
                 position_ids=positions_BS,
             )
             logits_BV = self.target.head.logits(last_BSD[:, -1])
-            chosen_B, log_probs_B = self._choose(logits_BV, rows, sampling, seed, step)
-            ended = torch.isin(chosen_B, ends).tolist()
-            tokens, log_probs = chosen_B.tolist(), log_probs_B.tolist()
-            for i, row in enumerate(rows):
-                responses[row].ids.append(tokens[i])
-                responses[row].finished = ended[i]
-                if not sampling.greedy:
-                    responses[row].log_probs.append(log_probs[i])
+            if sampling.greedy:
+                chosen_B = argmax(logits_BV)
+            else:
+                probs_BV = warp(logits_BV, sampling)
+                chosen_B = draw(probs_BV, uniforms_BN[rows, step])
+                log_probs_B = probs_BV.gather(-1, chosen_B[:, None]).squeeze(-1).log()
+                for row, log_prob in zip(rows, log_probs_B.tolist(), strict=True):
+                    responses[row].log_probs.append(log_prob)
+            tokens, ended = chosen_B.tolist(), torch.isin(chosen_B, ends).tolist()
+            for row, token, end in zip(rows, tokens, ended, strict=True):
+                responses[row].ids.append(token)
+                responses[row].finished = end
             keep = [i for i, end in enumerate(ended) if not end]
             if not keep:
                 break
@@ -134,18 +159,3 @@ class _Batch:
             positions_BS = (self.lengths_B + step).unsqueeze(1)
             self.mask_BS = torch.cat((self.mask_BS, torch.ones_like(ids_BS)), 1)
         return responses
-
-    def _choose(
-        self, logits_BV: Tensor, rows: list[int], sampling: Sampling, seed: int, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the next tokens (B,) and their warped log-probabilities (B,)."""
-        if sampling.greedy:
-            chosen_B = argmax(logits_BV)
-            return chosen_B, torch.zeros_like(chosen_B, dtype=torch.float32)
-        probs_BV = warp(logits_BV, sampling)
-        uniforms_B = torch.tensor(
-            [keyed_uniform(seed, self.keys[row], step, STREAM_TARGET) for row in rows],
-            dtype=torch.float64,
-        )
-        chosen_B = draw(probs_BV, uniforms_B)
-        return chosen_B, probs_BV.gather(-1, chosen_B[:, None]).squeeze(-1).log()

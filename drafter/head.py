@@ -68,7 +68,7 @@ class FrozenHead:
                 logits_TV = logits_TV * self.scale
             if self.softcap is not None:
                 logits_TV = self.softcap * torch.tanh(logits_TV / self.softcap)
-        return logits_TV.reshape(*hidden.shape[:-1], -1)
+        return logits_TV.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def chunk_rows(self) -> int:
         """Returns how many slots' logits are held at once on the head's device."""

@@ -15,7 +15,7 @@ from drafter.errors import UserError
 
 
 def default_layer_ids(num_layers: int, count: int) -> list[int]:
-    """Returns `count` ids spread evenly from 1 to num_layers - 3, duplicates dropped.
+    """Returns `count` ids spread evenly from 1 to num_layers - 3 (halves to even), each once.
 
     Source: method.md, Drafter (the defaults of published DFlash drafters).
 
@@ -25,12 +25,12 @@ def default_layer_ids(num_layers: int, count: int) -> list[int]:
 
     Example:
         >>> default_layer_ids(30, 5), default_layer_ids(30, 1)
-        ([1, 7, 14, 20, 27], [15])
+        ([1, 8, 14, 20, 27], [15])
     """
     if count < 1:
         raise UserError(f"num_taps is {count}; a drafter needs at least one tapped layer.")
     if count == 1:
-        return [num_layers // 2]
+        return [min(num_layers // 2, max(0, num_layers - 2))]
     first, last = 1, max(1, num_layers - 3)
     ids = {round(first + (last - first) * i / (count - 1)) for i in range(count)}
     return sorted(min(i, num_layers - 2) for i in ids)
@@ -71,6 +71,7 @@ def assert_finite_features(
     row, position, column = (~torch.isfinite(hidden_states)).nonzero()[0].tolist()
     name = row if sample_ids is None else int(sample_ids[row])
     raise UserError(
-        f"The target's hidden states are not finite: row {name}, layer {layer_ids[column // width]}, "
-        f"position {position}. Try target_dtype bfloat16 or float32, or leave this row out."
+        f"The target's hidden states are not finite: row {name}, layer "
+        f"{layer_ids[column // width]}, position {position}. Try target_dtype bfloat16 or float32, "
+        "or leave this row out."
     )

@@ -8,7 +8,8 @@ from drafter.errors import UserError
 
 # Tokens that tokenizers reserve and chat models never read or write, in order of preference.
 RESERVED_TOKENS = (
-    "<|reserved_special_token_0|>",  # Llama 3
+    "<|reserved_special_token_0|>",  # Llama 3, for use by nobody
+    "<|reserved_special_token_1|>",  # where a fine-tune made the first its padding
     "<|fim_pad|>",  # Qwen 2.5 and 3: pads fill-in-the-middle training data only
     "<unused0>",  # Gemma
     "<empty_output>",  # SmolLM2: marks a notebook cell without output
@@ -57,6 +58,6 @@ def choose_mask_token(tokenizer: Any, vocab_size: int, explicit: int | None = No
         if candidate is not None and candidate < vocab_size and candidate not in taken.values():
             return int(candidate)
     raise UserError(
-        "The tokenizer reserves no token that could be the mask, and the embedding has no spare row: "
-        "set --model.mask_token_id to the id of a token that never occurs in your data."
+        "The tokenizer reserves no token that could be the mask, and the embedding has no spare "
+        "row: set --model.mask_token_id to the id of a token that never occurs in your data."
     )

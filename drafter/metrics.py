@@ -61,7 +61,7 @@ class AcceptedLength(Metric):
             return
         for name in self._FIELDS:
             setattr(self, name, getattr(self, name) + getattr(counts, name))
-        self.per_response += counts.emitted / counts.rounds
+        self.per_response += counts.per_response
 
     def compute(self) -> dict[str, Tensor]:
         """Returns the figures; nan where nothing was counted."""

@@ -201,7 +201,7 @@ class Drafter(PreTrainedModel):
         for layer, keys, values in zip(self._layers(), context.keys, context.values, strict=True):
             x_BQD = layer(x_BQD, rope, (keys, values), visibility)
         out_BQD: Tensor = self.norm(x_BQD)
-        return out_BQD.view(rows, blocks, block_size, -1)
+        return out_BQD.view(rows, blocks, block_size, out_BQD.shape[-1])
 
     def forward(
         self,

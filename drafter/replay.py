@@ -14,13 +14,14 @@ min(1, q(x)/p(x)) independently of everything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from drafter.attention import build_visibility
+from drafter.errors import UserError
 from drafter.head import FrozenHead
 from drafter.model import Drafter
 from drafter.sampling import STREAM_THINNING, Sampling, argmax, keyed_uniforms, warp
@@ -39,12 +40,15 @@ class SlotResults:
         valid: (T, N) bool, the slot lies within the response.
         accept: (T, N) float64, probability that the trajectory's token was accepted at this slot
             (given that its block got there): 0 or 1 when greedy; 0 past the end.
+        zero_target: Response tokens whose given log p is -inf: the target can't have drawn them, so
+            the trajectory is not quite this target's. There min(1, q/p) is 1 if q > 0, else 0.
     """
 
     drafts: np.ndarray
     match: np.ndarray
     valid: np.ndarray
     accept: FloatArray
+    zero_target: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class ResponseCounts:
         accepted: Accepted drafted tokens.
         drafted: Drafted slots within the response.
         unclipped: Sum of lengths in tau_unclipped's convention.
+        per_response: Tokens per round of this response, emitted / rounds; 0 without a round. Where
+            acceptance is a probability it is the mean of that ratio, which is larger than the ratio
+            of means (by 4 % for 20 tokens at tau 2).
         accepted_at: (N,) rounds whose slot k was accepted.
         reached_at: (N,) rounds whose slots 1..k-1 were accepted and which drafted slot k.
         matched: Argmax drafts that equal the trajectory's token, over the rounds walked.
@@ -72,6 +79,7 @@ class ResponseCounts:
     accepted: float
     drafted: float
     unclipped: float
+    per_response: float
     accepted_at: FloatArray
     reached_at: FloatArray
     matched: float
@@ -107,10 +115,21 @@ def replay_slots(
         sampling: Of the trajectory; the drafter's q is warped alike.
         log_probs: (R,) log p of the response's tokens; needed unless greedy.
         anchors_per_chunk: Bounds memory: blocks denoised at once.
+
+    Raises:
+        UserError: A sampled trajectory without log-probabilities.
     """
+    if not sampling.greedy and log_probs is None:
+        raise UserError(
+            "a response lacks the target's log-probabilities, which replay at a temperature needs; "
+            "let the target generate the responses (trust_responses off), or use temperature 0."
+        )
     block_size, mask_id = drafter.config.block_size, drafter.config.mask_token_id
     device, total = input_ids.device, len(input_ids)
     response = total - prompt_length
+    if response == 1:  # its only token is prefill's: no anchor, no round
+        none = np.zeros((0, block_size - 1), dtype=bool)
+        return SlotResults(none.astype(np.int64), none, none, none.astype(np.float64))
     offsets_K = torch.arange(block_size, device=device)
     context = drafter.encode_context(hidden_states, torch.arange(total, device=device)[None])
     document_ids = torch.zeros(1, total, dtype=torch.long, device=device)
@@ -124,7 +143,8 @@ def replay_slots(
     ):
         block_ids = torch.full((1, len(part_C), block_size), mask_id, device=device)
         block_ids[0, :, 0] = input_ids[part_C]
-        visibility = build_visibility(part_C[None], document_ids, block_size)
+        # every trajectory has its own length: a compiled kernel would be compiled for each
+        visibility = build_visibility(part_C[None], document_ids, block_size, "sdpa")
         positions = part_C[None, :, None] + offsets_K
         hidden = drafter.denoise(embed(block_ids), positions, context, visibility)
         flat_states, flat_labels = hidden[0, :, 1:].flatten(0, 1), labels_CN.flatten()
@@ -135,20 +155,23 @@ def replay_slots(
             if not sampling.greedy:
                 q = warp(logits, sampling)
                 chosen.append(q.gather(-1, labels[:, None]).squeeze(-1).double())
-    flat = torch.cat(drafts) if drafts else labels_TN.flatten()
-    drafts_TN = flat.view_as(labels_TN)
+    drafts_TN = torch.cat(drafts).view_as(labels_TN)
     match_TN = (drafts_TN == labels_TN) & valid_TN
-    accept_TN = match_TN.double()
-    if not sampling.greedy:
-        assert log_probs is not None, "sampled trajectories carry the target's log-probabilities"
-        p_TN = log_probs.double().exp().to(device)[index_TN.clamp(max=response - 1)]
-        q_TN = (torch.cat(chosen) if chosen else flat.double()).view_as(p_TN)
-        accept_TN = (q_TN / p_TN).clamp(max=1.0) * valid_TN
+    accept_TN, zero_target = match_TN.double(), 0
+    if log_probs is not None and not sampling.greedy:
+        p_R = log_probs.double().exp().to(device)
+        zero_target = int((p_R == 0).sum())
+        p_TN = p_R[index_TN.clamp(max=response - 1)]
+        q_TN = torch.cat(chosen).view_as(p_TN)
+        # q >= p rather than q / p >= 1: p may be 0
+        accept_TN = torch.where((q_TN >= p_TN) & (q_TN > 0), 1.0, q_TN / p_TN.clamp(min=1e-300))
+        accept_TN = accept_TN * valid_TN
     return SlotResults(
         drafts_TN.cpu().numpy(),
         match_TN.cpu().numpy(),
         valid_TN.cpu().numpy(),
         accept_TN.cpu().numpy(),
+        zero_target,
     )
 
 
@@ -163,7 +186,7 @@ def thin(slots: SlotResults, *, seed: int, prompt_id: int) -> SlotResults:
     shape = slots.accept.shape
     uniforms = keyed_uniforms(seed, prompt_id, shape[0] * shape[1], STREAM_THINNING)
     accept = (uniforms.reshape(shape) < slots.accept).astype(np.float64)
-    return SlotResults(slots.drafts, slots.match, slots.valid, accept)
+    return replace(slots, accept=accept)
 
 
 def count_rounds(slots: SlotResults) -> ResponseCounts:
@@ -208,6 +231,7 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
         accepted=float(accepted_at.sum()),
         drafted=float((visit_T1 * slots.valid).sum()),
         unclipped=float((visit[:last] * unclipped).sum()),
+        per_response=last / len(lengths) if certain and last else mean_length(exactly),
         accepted_at=accepted_at,
         reached_at=(visit_T1 * prefix[:, :-1] * slots.valid).sum(0),
         matched=float((visit[:last] * matched_T).sum()),
@@ -217,6 +241,35 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
         round_lengths=tuple(lengths),
         round_accepted=tuple(accepts),
     )
+
+
+def mean_length(exactly: FloatArray) -> float:
+    """Returns the expectation of (emitted tokens / rounds) over the random rounds of a response.
+
+    The probability of standing at position t after g rounds flows on like `visit` above.
+
+    Args:
+        exactly: (T, K), probability that the block at position t accepts exactly n of its slots.
+
+    Example:
+        >>> mean_length(np.array([[0.5, 0.5], [1.0, 0.0]]))  # two tokens in two rounds or in one
+        1.5
+    """
+    last, block_size = exactly.shape
+    if last == 0:
+        return 0.0
+    # row i of the window: position t + i
+    window = np.zeros((block_size + 1, last + 1))
+    window[0, 0] = 1.0
+    ended_G = np.zeros(last + 1)
+    for t in range(last):
+        moved = exactly[t, :, None] * window[0, :-1]
+        room = min(block_size, last - 1 - t)
+        window[1 : room + 1, 1:] += moved[:room]
+        ended_G[1:] += moved[room:].sum(0)
+        window[:-1] = window[1:]
+        window[-1] = 0.0
+    return float((ended_G[1:] * last / np.arange(1, last + 1)).sum())
 
 
 def waste_by_anchor(match: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +294,7 @@ def count_decoded(
 
     Args:
         rounds: In order.
-        drafts: N argmax (or sampled) draft tokens of each round.
+        drafts: N argmax draft tokens of each round: waste is theirs, whatever was verified.
         response: The response's token ids.
     """
     last = len(response) - 1
@@ -263,6 +316,7 @@ def count_decoded(
         accepted=float(sum(r.accepted for r in rounds)),
         drafted=float(drafted),
         unclipped=float(sum(r.unclipped for r in rounds)),
+        per_response=last / len(rounds) if rounds else 0.0,
         accepted_at=accepted_at,
         reached_at=reached_at,
         matched=float(matched),

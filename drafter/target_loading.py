@@ -29,7 +29,7 @@ def load_model_and_tokenizer(
     dtype: str,
     revision: str | None,
     trust_remote_code: bool,
-    attn_implementation: str,
+    attn_implementation: str | None,
 ) -> Loaded:
     """Returns model and tokenizer, read from safetensors or GGUF only; see `Target.load`."""
     if dtype not in DTYPES:
@@ -40,8 +40,8 @@ def load_model_and_tokenizer(
         common["gguf_file"] = gguf_file
     source: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}
     try:
-        config = AutoConfig.from_pretrained(folder, **common)
-        _refuse_recurrent(config, path)
+        if not gguf_file:  # before gigabytes are read; a GGUF file's config takes seconds itself
+            _refuse_recurrent(AutoConfig.from_pretrained(folder, **common), path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **common)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -57,6 +57,7 @@ def load_model_and_tokenizer(
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"The target {path} can't be loaded: {reason}") from error
+    _refuse_recurrent(model.config, path)
     _refuse_missing(model, info, path)
     _check_tokenizer(tokenizer, model, path)
     return Loaded(model, tokenizer)
@@ -64,19 +65,19 @@ def load_model_and_tokenizer(
 
 def _locate(path: str, gguf_file: str | None) -> tuple[str, str | None]:
     """Returns (folder or hub id, GGUF file name)."""
-    where = Path(path)
+    where = Path(path).expanduser()
     if where.suffix == ".gguf":
         if not where.is_file():
             raise UserError(
                 f"The target {path} is not there. (`make target` fetches the quickstart's.)"
             )
         return str(where.parent), where.name
-    looks_local = where.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    looks_local = where.is_absolute() or path.startswith(".") or path.count("/") > 1
     if looks_local and not where.is_dir():
         raise UserError(f"The target {path} is not there: no such folder or file.")
     if gguf_file and where.is_dir() and not (where / gguf_file).is_file():
         raise UserError(f"The target's folder {path} has no file {gguf_file}.")
-    return path, gguf_file
+    return str(where) if where.is_dir() else path, gguf_file
 
 
 def _dtype(dtype: str, gguf_file: str | None) -> Any:
@@ -118,10 +119,6 @@ def _refuse_missing(model: Any, info: dict[str, Any], path: str) -> None:
             len(unexpected),
             sorted(map(str, unexpected))[0],
         )
-    if model.get_output_embeddings() is None or not hasattr(model.get_decoder(), "layers"):
-        raise UserError(
-            f"The target {path} ({type(model).__name__}) is not a plain causal language model."
-        )
 
 
 def _check_tokenizer(tokenizer: Any, model: Any, path: str) -> None:
@@ -129,6 +126,6 @@ def _check_tokenizer(tokenizer: Any, model: Any, path: str) -> None:
     words = getattr(tokenizer, "vocab_size", 0)
     if words > rows:
         raise UserError(
-            f"The tokenizer of {path} has {words} tokens, the model's embedding {rows} rows: the two "
-            "do not belong together."
+            f"The tokenizer of {path} has {words} tokens, the model's embedding {rows} rows: the "
+            "two do not belong together."
         )

@@ -1,4 +1,4 @@
-"""Chat templates in the style of the families that drafters are trained for, and small tokenizers."""
+"""Chat templates in the style of the families that drafters are for, and small tokenizers."""
 
 from __future__ import annotations
 
@@ -103,13 +103,42 @@ PHI3 = (
 # No special token ends a turn; EOS only ends the whole conversation.
 LATE_EOS = (
     "{% for message in messages %}{{ message.role | upper + ': ' + message.content + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% else %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}"
+    "{% else %}{{ eos_token }}{% endif %}"
 )
 # The turn ends with words.
 WORDY = (
     "{% for message in messages %}"
     "{{ '### ' + message.role + ':\n' + message.content + '\n### end\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+)
+# GLM: nothing ends a turn but the next one's header token, which the target writes to stop.
+GLM = (
+    "{% for message in messages %}"
+    "{{ '<|' + message.role + '|>\n' + message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# The header ends in a space, which belongs to the answer's first token.
+SPACED = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# A word of the user switches thinking off, and the generation prompt with it (as SmolLM3).
+SWITCHED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+    "{{ message.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{% if '/no_think' in messages[-1].content %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+# A tool call is written instead of the content (as Llama 3.1).
+CALL_ONLY = (
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
+    "{% if message.tool_calls %}{{ message.tool_calls[0].function | tojson }}"
+    "{% else %}{{ message.content | trim }}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
 SPECIAL = (

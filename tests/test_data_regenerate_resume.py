@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from data.conversations import load_rows
 from data.prompt_sets import load_prompts
 from data.regenerate import main, regenerate
 from drafter.errors import UserError
@@ -35,8 +37,12 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.9)], ids=["greedy", "sampled"])
-def test_a_run_broken_off_and_resumed_writes_what_an_unbroken_one_writes(setting, tmp_path, sampling):
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1.0, 20, 0.9)], ids=["greedy", "sampled"]
+)
+def test_a_run_broken_off_and_resumed_writes_what_an_unbroken_one_writes(
+    setting, tmp_path, sampling
+):
     _, _, target, prompts = setting
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     assert regenerate(target, prompts, whole, sampling=sampling, max_new_tokens=8) == 11
@@ -58,9 +64,7 @@ def test_a_run_broken_off_and_resumed_writes_what_an_unbroken_one_writes(setting
             return target.generate(*args, **kwargs)
 
     with pytest.raises(Stopped):
-        regenerate(
-            Breaking(2), prompts, broken, sampling=sampling, max_new_tokens=8, batch_size=3
-        )
+        regenerate(Breaking(2), prompts, broken, sampling=sampling, max_new_tokens=8, batch_size=3)
     assert not broken.exists()
     partial = tmp_path / "broken.jsonl.partial"
     assert len(lines(partial)) == 6
@@ -75,11 +79,23 @@ def test_a_run_broken_off_and_resumed_writes_what_an_unbroken_one_writes(setting
 
 
 def test_a_killed_process_loses_nothing(setting, tmp_path):
-    folder, path, target, prompts = setting
+    folder, path, _, _ = setting
     out = tmp_path / "out.jsonl.gz"
-    command = [sys.executable, "-m", "data.regenerate", "--target", path, "--prompts",
-               str(folder / "prompts.jsonl"), "--output", str(out), "--max-new-tokens", "200",
-               "--batch-size", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "data.regenerate",
+        "--target",
+        path,
+        "--prompts",
+        str(folder / "prompts.jsonl"),
+        "--output",
+        str(out),
+        "--max-new-tokens",
+        "200",
+        "--batch-size",
+        "1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     partial = tmp_path / "out.jsonl.gz.partial"
@@ -117,3 +133,55 @@ def test_greedy_responses_are_the_targets_own(setting, tmp_path):
     expected = target.generate([p.ids for p in prompts], 9)
     assert [line["response_ids"] for line in lines(out)] == [r.ids for r in expected]
     assert [line["finished"] for line in lines(out)] == [r.finished for r in expected]
+
+
+def test_a_response_is_never_kept_for_a_prompt_that_changed(setting, tmp_path):
+    _, _, target, prompts = setting
+    out = tmp_path / "out.jsonl"
+    regenerate(target, prompts[:3], out, max_new_tokens=4)
+    changed = [replace(prompts[0], ids=[*prompts[0].ids, 40]), *prompts[1:3]]
+    with pytest.raises(UserError, match="prompt 0 of set 'prompts' was another"):
+        regenerate(target, changed, out, max_new_tokens=4)
+    # more prompts than before are fine: only the new ones are answered
+    assert regenerate(target, prompts, out, max_new_tokens=4) == len(prompts) - 3
+    fresh = tmp_path / "fresh.jsonl"
+    regenerate(target, prompts, fresh, max_new_tokens=4)
+    assert lines(out) == lines(fresh)
+
+
+def test_a_file_of_something_else_is_not_overwritten(setting, tmp_path):
+    _, _, target, prompts = setting
+    out = tmp_path / "mine.jsonl"
+    out.write_text('{"precious": 1}\n')
+    with pytest.raises(UserError, match="was not written by this command"):
+        regenerate(target, prompts, out, max_new_tokens=4)
+    assert out.read_text() == '{"precious": 1}\n'
+
+
+def test_a_prompt_without_room_in_the_context_is_one_sentence(setting, tmp_path, capsys):
+    folder, path, _, _ = setting
+    options = ["--target", path, "--prompts", str(folder / "prompts.jsonl")]
+    options += ["--output", str(tmp_path / "out.jsonl"), "--max-new-tokens", "500"]
+    with pytest.raises(SystemExit) as caught:
+        main(options)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "more than the target's context of 512" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_responses_are_read_back_as_training_rows_and_as_prompts(setting, tmp_path):
+    _, _, target, prompts = setting
+    out = tmp_path / "out.jsonl.gz"
+    regenerate(target, prompts, out, max_new_tokens=6)
+    rows = load_rows(
+        str(out), target.tokenizer, vocab_size=target.vocab_size, max_length=64, progress=False
+    )
+    again = load_prompts(str(out), target.tokenizer)
+    assert len(again) == len(prompts)
+    for row in rows:
+        answered = again[row.sample_id]
+        assert answered.ids == prompts[row.sample_id].ids
+        assert row.input_ids.tolist() == answered.ids + answered.response_ids
+        assert row.input_ids[row.supervised].tolist() == answered.response_ids

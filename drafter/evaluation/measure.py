@@ -5,7 +5,7 @@ Legend: S tokens of prompt and response, L tapped layers, D hidden size, N draft
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from drafter.blocks import PADDING_DOCUMENT
 from drafter.decoding import (
     CachedDrafter,
     CachedTarget,
@@ -59,31 +60,49 @@ class DrafterMetrics(nn.Module):
         return out
 
 
+FEATURE_BATCH_TOKENS = 4096
+"""Tokens that the target runs at once, padding included, to give features for replay."""
+
+
 @dataclass
 class FeatureStore:
     """Target features of trajectories, kept between epochs up to a budget of bytes.
 
     Args:
-        budget_bytes: 0 keeps nothing.
+        budget_bytes: 0 keeps nothing beyond the batch in use.
     """
 
     budget_bytes: int = 0
     used: int = 0
     _kept: dict[int, Tensor] = field(default_factory=dict)
 
-    def features(
-        self, target: Target, index: int, input_ids: Tensor, layer_ids: tuple[int, ...]
-    ) -> Tensor:
-        """Returns (1, S, L*D) of trajectory number `index`, from memory if it is there."""
-        if index in self._kept:
-            return self._kept[index]
-        documents = torch.zeros(1, len(input_ids), dtype=torch.long, device=input_ids.device)
-        states = target.features(input_ids.unsqueeze(0), documents, layer_ids).hidden_states
-        size = states.numel() * states.element_size()
-        if self.used + size <= self.budget_bytes:
-            self.used += size
-            self._kept[index] = states
-        return states
+    @torch.no_grad()
+    def each(
+        self, target: Target, trajectories: Sequence[Trajectory], layer_ids: tuple[int, ...]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields (number, features (1, S, L*D)) of every trajectory, from memory where kept."""
+        waiting = [i for i in range(len(trajectories)) if i not in self._kept]
+        for index in sorted(self._kept):
+            yield index, self._kept[index]
+        # similar lengths together, or most of the work is padding
+        waiting.sort(key=lambda i: trajectories[i].length)
+        while waiting:
+            size = max(1, FEATURE_BATCH_TOKENS // trajectories[waiting[0]].length)
+            batch, waiting = waiting[:size], waiting[size:]
+            rows = [trajectories[i].tokens for i in batch]
+            ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+            documents = torch.full_like(ids, PADDING_DOCUMENT)
+            for row, tokens in enumerate(rows):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                documents[row, : len(tokens)] = 0
+            found = target.features(ids.to(target.device), documents.to(target.device), layer_ids)
+            for row, index in enumerate(batch):
+                states = found.hidden_states[row : row + 1, : len(rows[row])]
+                size_bytes = states.numel() * states.element_size()
+                if self.used + size_bytes <= self.budget_bytes:
+                    self.used += size_bytes
+                    self._kept[index] = states.clone()  # a view would keep the whole batch
+                yield index, states
 
 
 @dataclass(frozen=True)
@@ -103,10 +122,9 @@ def replay_trajectory(
     target: Target,
     trajectory: Trajectory,
     settings: TrajectorySettings,
+    hidden_states: Tensor,
     *,
-    features: FeatureStore | None = None,
-    index: int = 0,
-    anchors_per_chunk: int = 64,
+    anchors_per_chunk: int = 128,
     thinned: bool = False,
 ) -> MeasuredResponse:
     """Measures by one teacher-forced pass over every response position.
@@ -116,20 +134,17 @@ def replay_trajectory(
         target: That generated the trajectory.
         trajectory: Prompt and response.
         settings: It was generated under.
-        features: Where the target's features are kept between calls.
-        index: The trajectory's number in `features`.
+        hidden_states: (1, S, L*D), the target's features of prompt and response.
         anchors_per_chunk: Blocks at once.
         thinned: With a temperature: draw the rounds by keyed uniforms instead of expectations.
     """
     prompt = trajectory.prompt
-    input_ids = torch.tensor([*prompt.ids, *trajectory.ids], device=target.device)
-    store = features or FeatureStore()
-    states = store.features(target, index, input_ids, drafter.config.target_layer_ids)
+    input_ids = torch.tensor(trajectory.tokens, device=target.device)
     slots = replay_slots(
         drafter,
         target.embed,
         target.head,
-        states,
+        hidden_states,
         input_ids,
         len(prompt.ids),
         sampling=settings.sampling,
@@ -199,11 +214,11 @@ def measure(
     *,
     mode: str = "replay",
     features: FeatureStore | None = None,
-    anchors_per_chunk: int = 64,
+    anchors_per_chunk: int = 128,
     plain: bool = False,
     progress: bool = False,
 ) -> Iterable[MeasuredResponse]:
-    """Yields every trajectory's rounds.
+    """Yields every trajectory's rounds; in replay, not always in the order given.
 
     Args:
         drafter: Unwrapped.
@@ -217,20 +232,24 @@ def measure(
         progress: Show a bar.
     """
     assert mode in ("replay", "decode")
-    bar = tqdm(trajectories, desc=f"verifying ({mode})", disable=not progress, leave=False)
-    for index, trajectory in enumerate(bar):
+    with tqdm(total=len(trajectories), desc=f"verifying ({mode})", disable=not progress) as bar:
+        bar.leave = False
         if mode == "decode":
-            yield decode_trajectory(drafter, target, trajectory, settings, plain=plain)
-        else:
+            for trajectory in trajectories:
+                yield decode_trajectory(drafter, target, trajectory, settings, plain=plain)
+                bar.update()
+            return
+        store = features or FeatureStore()
+        for index, states in store.each(target, trajectories, drafter.config.target_layer_ids):
             yield replay_trajectory(
                 drafter,
                 target,
-                trajectory,
+                trajectories[index],
                 settings,
-                features=features,
-                index=index,
+                states,
                 anchors_per_chunk=anchors_per_chunk,
             )
+            bar.update()
 
 
 def _source(seed: int, prompt_id: int) -> GeneratorSource:

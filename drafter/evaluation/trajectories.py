@@ -56,6 +56,16 @@ class Trajectory:
     log_probs: list[float]
     finished: bool
 
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and response."""
+        return [*self.prompt.ids, *self.ids]
+
+    @property
+    def length(self) -> int:
+        """S, tokens of prompt and response."""
+        return len(self.prompt.ids) + len(self.ids)
+
 
 @dataclass(frozen=True)
 class TrajectorySettings:
@@ -155,7 +165,7 @@ def target_argmax_share(target: Target, trajectories: Sequence[Trajectory]) -> t
     """
     equal = total = 0
     for trajectory in trajectories:
-        ids = torch.tensor([*trajectory.prompt.ids, *trajectory.ids], device=target.device)
+        ids = torch.tensor(trajectory.tokens, device=target.device)
         documents = torch.zeros(1, len(ids), dtype=torch.long, device=ids.device)
         states = target.features(ids[None], documents, (0,), last_hidden=True).last_hidden
         assert states is not None

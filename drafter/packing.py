@@ -1,0 +1,52 @@
+"""Rows that hold several documents, taken apart into one right-padded row per document, and back.
+
+Legend: B rows, S tokens per row, P documents of the batch, T tokens of the longest, F features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Unpacked(NamedTuple):
+    """The documents of a batch, each in a row of its own."""
+
+    input_ids: Tensor
+    """(P, T) int64, 0 at padding."""
+    inside: Tensor
+    """(P, T) bool, false at padding."""
+    source: Tensor
+    """(B, S) bool, true where the packed rows have a token."""
+
+    def pack(self, states_PTF: Tensor) -> Tensor:
+        """Returns (B, S, F) with every token's state at its place, zero at padding."""
+        if self.inside is self.source:
+            return states_PTF.masked_fill(~self.source.unsqueeze(-1), 0.0)
+        out = states_PTF.new_zeros(*self.source.shape, states_PTF.shape[-1])
+        out[self.source] = states_PTF[self.inside]
+        return out
+
+
+def unpack(input_ids: Tensor, document_ids: Tensor) -> Unpacked:
+    """Returns the documents of a batch; waits for the device.
+
+    Args:
+        input_ids: (B, S) int64.
+        document_ids: (B, S) int64; a document's tokens are adjacent; -1 at padding.
+    """
+    real_BS = document_ids >= 0
+    one_each = (document_ids == torch.where(real_BS, 0, -1)).all()
+    right_padded = (real_BS[:, 1:] <= real_BS[:, :-1]).all()
+    if bool(one_each & right_padded):
+        return Unpacked(input_ids.masked_fill(~real_BS, 0), real_BS, real_BS)
+    starts_BS = real_BS.clone()
+    starts_BS[:, 1:] &= document_ids[:, 1:] != document_ids[:, :-1]
+    document_BS = starts_BS.flatten().cumsum(0).view_as(document_ids) - 1
+    lengths_P = torch.bincount(document_BS[real_BS])
+    inside_PT = torch.arange(int(lengths_P.max()), device=input_ids.device) < lengths_P[:, None]
+    unpacked_PT = torch.zeros_like(inside_PT, dtype=torch.long)
+    unpacked_PT[inside_PT] = input_ids[real_BS]
+    return Unpacked(unpacked_PT, inside_PT, real_BS)

@@ -1,0 +1,54 @@
+"""Guards D4 on a GPU: flex and SDPA agree forward and backward, and new lengths don't recompile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drafter.attention import attend, build_visibility
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def run(kind, context, anchors, dtype):
+    torch.manual_seed(0)
+    rows, block_size = 2, 16
+    draw = torch.stack([torch.randperm(context - 1)[:anchors].sort().values for _ in range(rows)])
+    draw[1, -3:] = -1
+    documents = torch.zeros(rows, context, dtype=torch.long)
+    documents[1, context // 2 :] = -1
+    slots = anchors * block_size
+    tensors = [
+        torch.randn(rows, heads, length, 64, dtype=dtype, device="cuda", requires_grad=True)
+        for heads, length in ((6, slots), (2, context + slots), (2, context + slots))
+    ]
+    visibility = build_visibility(draw.cuda(), documents.cuda(), block_size, kind)
+    out = attend(*tensors, visibility)
+    out.float().square().sum().backward()
+    return [out, *(tensor.grad for tensor in tensors)]
+
+
+@pytest.mark.parametrize("context", [256, 333, 1000])
+@pytest.mark.parametrize("anchors", [13, 64])
+def test_flex_equals_sdpa_forward_and_backward(context, anchors):
+    for mine, theirs in zip(
+        run("flex", context, anchors, torch.float32),
+        run("sdpa", context, anchors, torch.float32),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_a_new_context_length_does_not_compile_again():
+    from torch._dynamo.utils import counters
+
+    for context in (300, 450, 517):  # the first ones teach it which sizes move
+        run("flex", context, 40, torch.bfloat16)
+    counters.clear()
+    before = counters["stats"]["unique_graphs"]
+    for context in (612, 777, 901, 1033):
+        run("flex", context, 40, torch.bfloat16)
+    assert counters["stats"]["unique_graphs"] == before
