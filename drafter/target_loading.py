@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from drafter.errors import UserError
 
-RECURRENT = ("mamba", "ssm", "conv_kernel", "linear_attention", "rwkv", "recurrent")
+RECURRENT = ("mamba", "rwkv", "recurrent", "lfm2")  # model types, whatever layer_types says
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 

@@ -311,7 +311,7 @@ def test_default_layer_ids_follow_the_method():
 def test_a_state_that_is_not_finite_is_named_by_row_layer_and_position(bad):
     states = torch.zeros(3, 9, 2 * HIDDEN_SIZE)
     assert_finite_features(states, [4, 7], torch.tensor([10, 11, 12]))
-    states[1, 6, HIDDEN_SIZE + 5] = bad
+    states[1, 6, HIDDEN_SIZE + 4] = bad
     with pytest.raises(UserError, match="row 11, layer 7, position 6"):
         assert_finite_features(states, [4, 7], torch.tensor([10, 11, 12]))
     with pytest.raises(UserError, match="row 1, layer 7, position 6"):
