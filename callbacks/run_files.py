@@ -39,6 +39,8 @@ class SaveRunConfig(SaveConfigCallback):
     Lightning's own callback raises when config.yaml exists (lightning-traps 3).
     """
 
+    already_saved: bool
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes once, on rank 0, at the start of a fit."""
         if self.already_saved or stage != "fit" or not trainer.is_global_zero:

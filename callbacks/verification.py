@@ -123,7 +123,7 @@ class SpeculativeVerification(Callback):
         """Generates the trajectories; measures the untrained drafter unless the run is resumed."""
         if not self.every_n_epochs:
             return
-        if not trainer.val_dataloaders:
+        if getattr(trainer.datamodule, "val_row_set", None) is None:  # type: ignore[attr-defined]
             raise UserError(
                 "Verification runs at the end of validation, but there are no held-out rows: set "
                 "--data.val_rows or --data.val_data, or --verification.every_n_epochs 0."
@@ -148,9 +148,15 @@ class SpeculativeVerification(Callback):
         self._load(trainer, pl_module)
         verified = self._verify(trainer, pl_module)
         for name, value in _scalars(verified, self._argmax_share).items():
-            self.log(name, value, prog_bar=name == "val/accepted_length")
+            shown = name == MONITOR
+            name = name.replace("val/", "test/", 1) if trainer.testing else name
+            self.log(name, value, prog_bar=shown)
         when = f"epoch {trainer.current_epoch}" if trainer.state.fn == "fit" else "drafter"
         self._show(trainer, verified, when, step=trainer.global_step)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As after a validation epoch, under test/."""
+        self.on_validation_epoch_end(trainer, pl_module)
 
     def _due(self, trainer: Trainer) -> bool:
         if not self.every_n_epochs or trainer.sanity_checking:

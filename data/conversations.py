@@ -18,6 +18,7 @@ from data.rows import RowReport, RowSet, RowTokenizer, TokenRow
 from data.sources import Source, SourceRow
 from data.token_file import folder_for, load_or_build
 from drafter.errors import UserError
+from drafter.files import cache_root
 
 __all__ = ["RowReport", "RowSet", "TokenRow", "check_tokenizer_fits", "load_rows"]
 
@@ -92,7 +93,7 @@ def load_rows(
             "max_length": max_length,
             "target_max_length": target_max_length,
         }
-        folder = folder_for(_cache_root(cache_dir), key)
+        folder = folder_for(cache_root(cache_dir), key)
         rows = load_or_build(folder, key, open_rows, tokenise, source=reader.name)
     else:
         report = RowReport(reader.name)
@@ -136,13 +137,6 @@ def _source_key(reader: Source) -> dict[str, Any]:
         return {"source": reader.name, "split": reader.split, "revision": reader.revision}
     stats = [(str(path.resolve()), path.stat()) for path in files]
     return {"source": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
-
-
-def _cache_root(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "l2r-drafter"
 
 
 def _with_bar(

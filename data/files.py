@@ -1,26 +1,10 @@
-"""Files that other processes and later runs rely on: whole or not there, written by one process."""
+"""A file lock, so that one process writes what others wait for."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes aside, flushes to disk and renames: readers see the old file, the new, never half."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 @contextmanager

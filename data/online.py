@@ -162,6 +162,7 @@ class OnlineHiddenStates(LightningDataModule):
             vocab_size=self.target.vocab_size,
             max_length=self.max_length,
             target_max_length=self.target.max_length,
+            eos_token_ids=self.target.eos_token_ids,
             skip=skip,
             limit=limit,
             split=self.train_split,
@@ -208,7 +209,8 @@ class OnlineHiddenStates(LightningDataModule):
             batches = min(batches, limit)
         elif limit < 1.0:
             batches = int(batches * limit)
-        return -(-batches // self.trainer.accumulate_grad_batches)
+        accumulate: int = self.trainer.accumulate_grad_batches
+        return -(-batches // accumulate)
 
     def _loader(
         self, rows: RowSet, batch_size: int, *, training: bool, accumulate: int = 1

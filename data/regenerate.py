@@ -21,9 +21,9 @@ from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from data.files import write_atomically
 from data.prompt_sets import Prompt, load_prompts
 from drafter.errors import UserError, one_sentence_errors
+from drafter.files import write_atomic
 from drafter.sampling import Sampling
 from drafter.target import Target
 
@@ -88,7 +88,7 @@ def regenerate(
     order = {(p.set_name, p.prompt_id): i for i, p in enumerate(prompts)}
     lines = [line for line in _read(partial) if _key(line) in order]
     lines.sort(key=lambda line: order[_key(line)])
-    write_atomically(output, _packed(lines, output.suffix))
+    write_atomic(output, _packed(lines, output.suffix))
     partial.unlink()
     return len(waiting)
 
@@ -142,7 +142,7 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     """Compares with the settings that the output was begun with, or records them."""
     sidecar = _sidecar(output)
     if not sidecar.exists():
-        write_atomically(sidecar, (json.dumps(settings, indent=2) + "\n").encode())
+        write_atomic(sidecar, (json.dumps(settings, indent=2) + "\n").encode())
         return
     before = json.loads(sidecar.read_text())
     for name, value in settings.items():

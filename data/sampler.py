@@ -1,7 +1,7 @@
-"""Order of the training rows as a pure function of (seed, epoch), and the loader that can resume.
+"""Order of the training rows as a pure function of (seed, epoch), and a loader that can resume.
 
-Lightning-traps 2: a run that stops after any batch goes on with the next one, whatever the number of
-ranks and workers, because nothing about the order is remembered but (epoch, batches handed out).
+Lightning-traps 2: a run that stops after any batch goes on with the next one, whatever the number
+of ranks and workers: nothing about the order is remembered but (epoch, batches handed out).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Item(NamedTuple):
 class EpochBatches(Sampler[list[Item]]):
     """Batches of one rank. Rank r takes rows r, r + world_size, ... of each global batch.
 
-    The last global batch may be smaller; it is spread over the ranks, and a rank that gets none of it
-    gets a filler row without anchors. So a global batch holds the same rows for any world size.
+    The last global batch may be smaller; it is spread over the ranks, and a rank that gets none of
+    it gets a filler row without anchors. So a global batch holds the same rows for any world size.
 
     Args:
         num_rows: Rows in the set.
@@ -162,8 +162,9 @@ class DraftLoader(DataLoader[DraftBatch]):
         for key, now in self._identity().items():
             if state.get(key, now) != now:
                 raise UserError(
-                    f"The checkpoint was written with {key}={state[key]}, this run has {now}: the rows "
-                    f"would come in another order. Resume with {key}={state[key]} or start a new run."
+                    f"The checkpoint was written with {key}={state[key]}, this run has {now}: the "
+                    f"rows would come in another order. Resume with {key}={state[key]}, or start "
+                    "a new run."
                 )
         self._epoch, self._handed = int(state["epoch"]), int(state["handed"])
         self.batches.set_epoch(self._epoch)

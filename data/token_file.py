@@ -26,10 +26,11 @@ from typing import Any, overload
 
 import numpy as np
 
-from data.files import lock, write_atomically
+from data.files import lock
 from data.rows import RowReport, RowSet, TokenRow
 from data.sources import SourceRow
 from drafter.errors import UserError
+from drafter.files import write_atomic
 
 FORMAT = 1
 INDEX = "index.json"
@@ -208,7 +209,7 @@ class _Writer:
             "report": json.dumps(self.report.to_dict()),
         }
         name = _chunk_name(len(self.chunks))
-        write_atomically(self.folder / name, save(tensors, metadata))
+        write_atomic(self.folder / name, save(tensors, metadata))
         self._take(self.folder / name, len(rows))
 
     def _take(self, path: Path, rows: int) -> None:
@@ -222,7 +223,7 @@ class _Writer:
             "chunks": self.chunks,
             "report": self.report.to_dict(),
         }
-        write_atomically(self.folder / INDEX, json.dumps(index, indent=1).encode())
+        write_atomic(self.folder / INDEX, json.dumps(index, indent=1).encode())
 
     def _resume(self) -> None:
         """Takes over the chunks from the first on without a gap; clears the rest."""

@@ -95,7 +95,7 @@ class DrafterConfig(Qwen3Config):
             num_key_value_heads=getattr(target_config, "num_key_value_heads", None) or heads,
             head_dim=head_dim,
             max_position_embeddings=target_config.max_position_embeddings,
-            rms_norm_eps=target_config.rms_norm_eps,
+            rms_norm_eps=_norm_eps(target_config),
             rope_parameters=_full_attention_rope(target_config),
             tie_word_embeddings=False,
             block_size=block_size,
@@ -114,6 +114,15 @@ def check_block_size(block_size: int) -> None:
             f"block_size is {block_size}, but a block holds the anchor and at least one drafted "
             f"slot: choose 2 to {MAX_BLOCK_SIZE}."
         )
+
+
+def _norm_eps(target_config: PreTrainedConfig) -> float:
+    """Returns the target's norm epsilon, whatever its family calls it."""
+    for name in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"):
+        eps = getattr(target_config, name, None)
+        if eps is not None:
+            return float(eps)
+    return 1e-6
 
 
 def _full_attention_rope(target_config: PreTrainedConfig) -> dict[str, Any]:

@@ -24,7 +24,14 @@ _COPIED = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+# where each of our norms is found in a target's layer; Gemma norms the attention's output too, and
+# calls the one before the MLP pre_feedforward_layernorm
+_NORMS = {
+    "input_layernorm": ("input_layernorm",),
+    "post_attention_layernorm": ("pre_feedforward_layernorm", "post_attention_layernorm"),
+    "self_attn.q_norm": ("self_attn.q_norm",),
+    "self_attn.k_norm": ("self_attn.k_norm",),
+}
 
 
 @torch.no_grad()
@@ -60,12 +67,12 @@ def initialise_from_target(
     for index, (layer, source) in enumerate(zip(drafter.layers, sources, strict=True)):
         for name in _COPIED:
             _copy_linear(layer, source, name, index)
-        for name in _NORMS:
-            norm = _find(source, name)
+        for name, theirs in _NORMS.items():
+            norm = next((found for n in theirs if (found := _find(source, n)) is not None), None)
             if norm is not None:
                 weight = layer.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
-                weight.copy_(effective_weight(norm, weight))
+                _copy_norm(weight, norm, name, index)
     first_norm = _find(sources[0], "input_layernorm")
     if first_norm is not None:
         weight = drafter.hidden_norm.weight
@@ -76,15 +83,29 @@ def initialise_from_target(
 
 
 def effective_weight(norm: nn.Module, like: Tensor) -> Tensor:
-    """Returns an RMSNorm's scale (D,), also where the module stores it as 1 + w (Gemma).
+    """Returns a norm's scale (D,), also where the module stores it as 1 + w (Gemma).
 
-    A vector of ones has root mean square 1, so the norm's output at it is its scale.
+    A vector of alternating signs has mean 0 and root mean square 1, so RMSNorm and LayerNorm both
+    only scale it (and LayerNorm's bias cancels between it and its negative).
     """
     weight = next(norm.parameters())
-    ones = torch.ones(1, 1, 1, like.shape[0], dtype=torch.float32, device=weight.device)
+    signs = torch.ones(like.shape[0], dtype=torch.float32, device=weight.device)
+    signs[1::2] = -1.0
+    probe = signs.to(weight.dtype).view(1, 1, 1, -1)
     eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)) or 0.0)
-    out: Tensor = norm(ones.to(weight.dtype)).float() * (1.0 + eps) ** 0.5
-    return out.flatten().to(like)
+    out = (norm(probe).float() - norm(-probe).float()).flatten() / 2
+    scale: Tensor = out * signs * (1.0 + eps) ** 0.5
+    return scale.to(like)
+
+
+def _copy_norm(weight: Tensor, norm: nn.Module, name: str, index: int) -> None:
+    width = next(norm.parameters()).shape[0]
+    if width != weight.shape[0]:
+        raise UserError(
+            f"init_from_target: layers can't copy {name} into drafter layer {index}: the target's "
+            f"has {width} entries, the drafter's {weight.shape[0]}; use init_from_target: norm."
+        )
+    weight.copy_(effective_weight(norm, weight))
 
 
 def _find(module: nn.Module, name: str) -> Any:
@@ -103,5 +124,10 @@ def _copy_linear(layer: nn.Module, source: nn.Module, name: str, index: int) -> 
         raise UserError(
             f"init_from_target: layers can't copy {name} into drafter layer {index}: the target "
             f"has {shape}, the drafter {tuple(ours.weight.shape)}; use init_from_target: norm."
+        )
+    if getattr(theirs, "bias", None) is not None:
+        raise UserError(
+            f"init_from_target: layers can't copy {name} into drafter layer {index}: the target's "
+            "has a bias, the drafter's has none; use init_from_target: norm."
         )
     ours.weight.copy_(weight.to(ours.weight))

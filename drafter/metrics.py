@@ -101,7 +101,8 @@ class AcceptanceByPosition(Metric):
 
     def compute(self) -> Tensor:
         """Returns (N,)."""
-        return self.accepted / self.reached
+        rate: Tensor = self.accepted / self.reached
+        return rate
 
 
 class WasteRatio(Metric):

@@ -24,6 +24,7 @@ from drafter.head import score_blocks
 from drafter.initialise import InitFromTarget, initialise_from_target
 from drafter.mask_token import choose_mask_token
 from drafter.model import Drafter
+from drafter.optimisation import OptimiserSettings, apply_settings, make_optimizer
 from drafter.sampling import Sampling
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
@@ -270,17 +271,16 @@ class DrafterModule(LightningModule):
         if last % accumulate == 0 or last == self.trainer.num_training_batches:
             self._log_window(out)
         # Lightning divides by the accumulation, DDP averages over ranks: undo both
-        return out.total * accumulate * self.trainer.world_size
+        scaled: Tensor = out.total * accumulate * self.trainer.world_size
+        return scaled
 
     def _log_window(self, out: LossOutput) -> None:
-        values = self._log.pop(self._sum_over_ranks, out.weights)
-        bar = ("cross_entropy", "accepted_length")
-        for name, value in values.items():
-            shown = name if name in bar else None
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        on_the_bar = {"cross_entropy": "ce", "accepted_length": "tau"}
+        for name, value in self._log.pop(self._sum_over_ranks, out.weights).items():
             self.log(f"train/{name}", value, on_step=True, on_epoch=False)
-            if shown:
-                short = {"cross_entropy": "ce", "accepted_length": "tau"}[shown]
-                self.log(short, value, prog_bar=True, logger=False)
+            if name in on_the_bar:
+                self.log(on_the_bar[name], value, prog_bar=True, logger=False)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets sums of an interrupted validation."""
@@ -299,7 +299,20 @@ class DrafterModule(LightningModule):
         for name, value in self._val_log.pop(self._sum_over_ranks, weights).items():
             # val/accepted_length is the verification callback's: this is an estimate from blocks
             name = "block_accepted_length" if name == "accepted_length" else name
-            self.log(f"val/{name}", value, prog_bar=name == "cross_entropy")
+            stage = "test" if self.trainer.testing else "val"
+            self.log(f"{stage}/{name}", value, prog_bar=name == "cross_entropy")
+
+    def on_test_epoch_start(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: DraftBatch, batch_idx: int) -> None:
+        """As in validation: the held-out rows are the datamodule's business."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs what validation logs, under test/."""
+        self.on_validation_epoch_end()
 
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -347,32 +360,32 @@ class DrafterModule(LightningModule):
                 "model.total_steps."
             )
         steps = self.trainer.datamodule.steps_per_epoch()  # type: ignore[attr-defined]
-        return max(1, self.trainer.max_epochs * steps)
+        total: int = max(1, self.trainer.max_epochs * steps)
+        return total
 
     def _progress(self) -> float:
-        return min(1.0, self.global_step / self._total_steps())
+        if self.trainer.state.fn != "fit":
+            return 1.0
+        return float(min(1.0, self.global_step / self._total_steps()))
+
+    def _settings(self) -> OptimiserSettings:
+        hparams = self.hparams
+        return OptimiserSettings(
+            hparams.learning_rate,
+            hparams.weight_decay,
+            tuple(hparams.betas),
+            hparams.warmup_fraction,
+            hparams.final_lr_fraction,
+        )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Returns AdamW and a per-step schedule: linear warm-up, then cosine."""
-        hparams = self.hparams
-        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": hparams.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=hparams.learning_rate,
-            betas=tuple(hparams.betas),
+        optimizer, scheduler = make_optimizer(
+            self.parameters(),
+            self._settings(),
+            self._total_steps(),
             fused=self.device.type == "cuda",
         )
-        total = self._total_steps()
-
-        def factor(step: int) -> float:  # a function: LambdaLR would save an object's settings
-            warmup = math.ceil(hparams.warmup_fraction * total)
-            return warmup_cosine(step, warmup=warmup, total=total, floor=hparams.final_lr_fraction)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -383,17 +396,8 @@ class DrafterModule(LightningModule):
         for optimizer, config in zip(
             self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True
         ):
-            scheduler = config.scheduler
-            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-            scheduler.base_lrs = [self.hparams.learning_rate] * len(optimizer.param_groups)
-            for group, decay in zip(
-                optimizer.param_groups, (self.hparams.weight_decay, 0.0), strict=True
-            ):
-                factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
-                group["initial_lr"] = self.hparams.learning_rate
-                group["lr"] = self.hparams.learning_rate * factor
-                group["weight_decay"] = decay
-                group["betas"] = tuple(self.hparams.betas)
+            assert isinstance(config.scheduler, torch.optim.lr_scheduler.LambdaLR)
+            apply_settings(optimizer, config.scheduler, self._settings())
 
     def configure_gradient_clipping(
         self,
@@ -401,24 +405,9 @@ class DrafterModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by norm here, since Lightning refuses fused AdamW with its own clipping (trap 4)."""
+        """Clips here: Lightning refuses fused AdamW with its own clipping (lightning-traps 4)."""
         limit = gradient_clip_val if gradient_clip_val is not None else self.hparams.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.parameters() if p.grad is not None], limit or math.inf
         )
         self.log("train/grad_norm", norm)
-
-
-def warmup_cosine(step: int, *, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Returns the learning-rate factor in (0, 1] at an optimizer step.
-
-    Args:
-        step: Optimizer steps done.
-        warmup: Steps of linear warm-up.
-        total: Steps at which the cosine reaches `floor`.
-        floor: Factor at the end.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,1 +1,1 @@
-"""Measuring drafters: takes prompts and drafters as arguments, knows no data set and no callback."""
+"""Measuring drafters: takes prompts and drafters, knows no data set and no callback."""

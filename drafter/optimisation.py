@@ -1,0 +1,87 @@
+"""AdamW with a linear warm-up and a cosine, and how a resumed run's own settings win."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW's settings.
+
+    Args:
+        learning_rate: Peak.
+        weight_decay: On matrices; vectors (norms) have none.
+        betas: Moment decays.
+        warmup_fraction: Share of the steps with linear warm-up.
+        final_lr_fraction: Learning rate at the end of the cosine, as a share of the peak.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup_fraction: float
+    final_lr_fraction: float
+
+
+def warmup_cosine(step: int, *, warmup: int, total: int, floor: float = 0.0) -> float:
+    """Returns the learning-rate factor in (0, 1] at an optimizer step.
+
+    Args:
+        step: Optimizer steps done.
+        warmup: Steps of linear warm-up.
+        total: Steps at which the cosine reaches `floor`.
+        floor: Factor at the end.
+
+    Example:
+        >>> [round(warmup_cosine(step, warmup=2, total=10), 2) for step in (0, 1, 2, 6, 10)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], settings: OptimiserSettings, total_steps: int, fused: bool
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Returns AdamW over two groups (matrices, vectors) and its per-step schedule."""
+    trained = [p for p in parameters if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=fused,
+    )
+    warmup = math.ceil(settings.warmup_fraction * total_steps)
+
+    def factor(step: int) -> float:  # a function: LambdaLR would save an object's settings
+        floor = settings.final_lr_fraction
+        return warmup_cosine(step, warmup=warmup, total=total_steps, floor=floor)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def apply_settings(
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    settings: OptimiserSettings,
+) -> None:
+    """Puts this run's settings over those that came with a resumed optimizer's state."""
+    scheduler.base_lrs = [settings.learning_rate] * len(optimizer.param_groups)
+    factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+    decays = (settings.weight_decay, 0.0)
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["initial_lr"] = settings.learning_rate
+        group["lr"] = settings.learning_rate * factor
+        group["weight_decay"] = decay
+        group["betas"] = settings.betas
