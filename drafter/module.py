@@ -147,6 +147,12 @@ class DrafterModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Takes the target from the datamodule and makes the drafter, unless a checkpoint has."""
+        device = self.trainer.strategy.root_device
+        if self.hparams.attention == "flex" and device.type != "cuda":
+            raise UserError(
+                f"attention: flex trains on CUDA only, and this run is on {device.type}; use "
+                "attention: auto or sdpa."
+            )
         self.attach(self.trainer.datamodule.target)  # type: ignore[attr-defined]
         if self.hparams.compile_drafter and self.drafter is not None:
             self.drafter.compile()  # in place: state-dict keys stay as they are

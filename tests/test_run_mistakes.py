@@ -90,6 +90,7 @@ MISTAKES = {
     "no target there": (lambda f, m: {"data__target": str(f / "no-target")}, "no-target"),
     "no checkpoint there": (lambda f, m: {}, "nowhere.ckpt"),
     "negative weight": (lambda f, m: {"model__loss": {"alpha_chain": -1.0}}, "alpha_chain"),
+    "flex on a CPU": (lambda f, m: {"model__attention": "flex"}, "CUDA"),
     "no held-out rows": (lambda f, m: {"data__val_rows": 0}, "val_rows"),
 }
 

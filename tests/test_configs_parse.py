@@ -1,0 +1,66 @@
+"""Every shipped YAML, and the flags that the README shows, parse and say what they are meant to."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import yaml
+
+from tests.runs import ROOT
+from train import RUN_DIR_VARIABLE, main
+
+BASES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted(
+    str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").glob("*/*.yaml")
+)
+
+
+def printed(arguments, capsys, monkeypatch):
+    """Returns the config that `train.py fit ... --print_config` prints."""
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_shipped_config_parses_and_keeps_the_order_ours(name, capsys, monkeypatch):
+    config = printed(["--config", str(ROOT / "configs" / name)], capsys, monkeypatch)
+    assert type(config["seed_everything"]) is int
+    assert config["trainer"]["use_distributed_sampler"] is False
+    assert config["run_dir"].startswith("runs/")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_wins_over_the_config_before_it(overlay, capsys, monkeypatch):
+    path = ROOT / "configs" / overlay
+    base = str(ROOT / "configs" / "smollm2.yaml")
+    config = printed(["--config", base, "--config", str(path)], capsys, monkeypatch)
+
+    def check(wanted, got):
+        for key, value in wanted.items():
+            if isinstance(value, dict):
+                check(value, got[key])
+            else:
+                assert got[key] == value, key
+
+    check(yaml.safe_load(path.read_text()), config)
+    assert config["model"]["block_size"] == 16
+
+
+def test_the_flags_that_the_readme_shows_parse(capsys, monkeypatch):
+    arguments = (
+        "--model.loss.alpha_chain 10 --trainer.max_epochs 12 --trainer.accelerator cpu "
+        "--trainer.devices 4 --trainer.strategy ddp --verification.mode decode "
+        "--model.loss.chain_schedule.kind linear --data.train_data rows.jsonl.gz --run_dir runs/x"
+    ).split()
+    sets = ["--verification.prompt_sets", "{gsm8k: gsm8k.jsonl}"]
+    base = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
+    config = printed([*base, *arguments, *sets], capsys, monkeypatch)
+    assert config["model"]["loss"]["alpha_chain"] == 10
+    assert config["model"]["loss"]["chain_schedule"]["kind"] == "linear"
+    assert config["verification"]["prompt_sets"] == {"gsm8k": "gsm8k.jsonl"}
+    assert config["run_dir"] == "runs/x"
