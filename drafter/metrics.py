@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from drafter.replay import ResponseCounts
+from drafter.rounds import ResponseCounts
 
 
 def prefix_match_lengths(correct_MN: Tensor, valid_MN: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class AcceptedLength(Metric):
         rounds, responses, responses_without_round: counts; a response of one token has no round.
 
     Example:
-        >>> from drafter.replay import SlotResults, count_rounds
+        >>> from drafter.rounds import SlotResults, count_rounds
         >>> import numpy as np
         >>> match = np.array([[True, True], [True, False], [False, False]])
         >>> slots = SlotResults(match * 1, match, ~np.tri(3, 2, -1).astype(bool)[::-1], match * 1.0)

@@ -18,39 +18,19 @@ from drafter.attention import AttentionKind, build_visibility
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
-from drafter.evaluation.measure import decode_prompt
-from drafter.evaluation.trajectories import EvalPrompt, TrajectorySettings
+from drafter.evaluation.prediction import Decoding, predict_prompt
+from drafter.evaluation.trajectories import EvalPrompt
 from drafter.head import score_blocks
 from drafter.initialise import InitFromTarget, initialise_from_target
 from drafter.mask_token import choose_mask_token
 from drafter.model import Drafter
 from drafter.optimisation import OptimiserSettings, apply_settings, make_optimizer
-from drafter.sampling import Sampling
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
 from losses.combined import CombinedLoss, LossOutput
 from losses.scores import BlockScores
 
 CHECKPOINT_KEY = "drafter_config"
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How `predict` decodes.
-
-    Args:
-        max_new_tokens: Limit of a response in tokens.
-        temperature: 0 is greedy.
-        top_k: Keep the k most probable tokens; 0 for all.
-        top_p: Keep the most probable tokens up to this mass.
-        seed: Of sampled responses.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 DEFAULT_LOSS = CombinedLoss()
@@ -329,28 +309,7 @@ class DrafterModule(LightningModule):
     def predict_step(self, batch: EvalPrompt, batch_idx: int) -> dict[str, Any]:
         """Returns one prompt's response by the real speculative loop, as plain values."""
         assert self.drafter is not None
-        decoding = self.decoding
-        settings = TrajectorySettings(
-            decoding.max_new_tokens,
-            Sampling(decoding.temperature, decoding.top_k, decoding.top_p),
-            decoding.seed,
-        )
-        decoded = decode_prompt(
-            self.drafter, self.target, batch.ids, settings, prompt_id=batch.prompt_id
-        )
-        seconds = sum(decoded.seconds.values())
-        return {
-            "set": batch.set_name,
-            "id": batch.prompt_id,
-            "prompt_ids": batch.ids,
-            "response_ids": decoded.ids,
-            "text": self.target.tokenizer.decode(decoded.ids, skip_special_tokens=True),
-            "round_lengths": decoded.round_lengths,
-            "accepted": [round_.accepted for round_ in decoded.rounds],
-            "finished": decoded.finished,
-            "seconds": seconds,
-            "tokens_per_second": len(decoded.ids) / max(seconds, 1e-9),
-        }
+        return predict_prompt(self.drafter, self.target, batch, self.decoding)
 
     # ------------------------------------------------------------------ optimisation
 

@@ -52,14 +52,21 @@ def test_an_overlay_wins_over_the_config_before_it(overlay, capsys, monkeypatch)
 
 
 def test_the_flags_that_the_readme_shows_parse(capsys, monkeypatch):
-    arguments = (
-        "--model.loss.alpha_chain 10 --trainer.max_epochs 12 --trainer.accelerator cpu "
-        "--trainer.devices 4 --trainer.strategy ddp --verification.mode decode "
-        "--model.loss.chain_schedule.kind linear --data.train_data rows.jsonl.gz --run_dir runs/x"
-    ).split()
-    sets = ["--verification.prompt_sets", "{gsm8k: gsm8k.jsonl}"]
+    flags = {
+        "model.loss.alpha_chain": "10",
+        "model.loss.chain_schedule.kind": "linear",
+        "trainer.max_epochs": "12",
+        "trainer.accelerator": "cpu",
+        "trainer.devices": "4",
+        "trainer.strategy": "ddp",
+        "verification.mode": "decode",
+        "verification.prompt_sets": "{gsm8k: gsm8k.jsonl}",
+        "data.train_data": "rows.jsonl.gz",
+        "run_dir": "runs/x",
+    }
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
     base = ["--config", str(ROOT / "configs" / "smollm2.yaml")]
-    config = printed([*base, *arguments, *sets], capsys, monkeypatch)
+    config = printed([*base, *arguments], capsys, monkeypatch)
     assert config["model"]["loss"]["alpha_chain"] == 10
     assert config["model"]["loss"]["chain_schedule"]["kind"] == "linear"
     assert config["verification"]["prompt_sets"] == {"gsm8k": "gsm8k.jsonl"}
