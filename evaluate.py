@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.prompt_sets import load_prompts
 from drafter.errors import UserError, one_sentence_errors
-from drafter.evaluation.report import load_drafter, report, table
+from drafter.evaluation.report import load_drafter, report, table, without_nan
 from drafter.evaluation.trajectories import TrajectorySettings
 from drafter.files import cache_root, write_atomic
 from drafter.sampling import Sampling
@@ -48,7 +48,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     verb.add_argument("--top-k", type=int, default=0)
     verb.add_argument("--top-p", type=float, default=1.0)
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--dtype", default="auto", help="of target and drafter")
+    verb.add_argument("--dtype", help="of target and drafter; default: the run's target's")
     verb.add_argument("--device", help="default: cuda where there is one, else cpu")
     verb.add_argument("--batch-size", type=int, default=32, help="prompts generated together")
     verb.add_argument("--output", metavar="OUT.json", help="write all figures here")
@@ -65,7 +65,7 @@ def run_report(options: argparse.Namespace) -> None:
     target = Target.load(
         path,
         gguf_file=options.gguf_file or (None if options.target else first.target_gguf_file),
-        dtype=options.dtype,
+        dtype=options.dtype or first.target_dtype,
         device=device,
     )
     drafters = [first, *(load_drafter(ckpt) for ckpt in options.ckpt[1:])]
@@ -93,7 +93,7 @@ def run_report(options: argparse.Namespace) -> None:
     out["command"] = sys.argv
     print(table(out))
     if options.output:
-        write_atomic(Path(options.output), json.dumps(out, indent=2) + "\n")
+        write_atomic(Path(options.output), json.dumps(without_nan(out), indent=2) + "\n")
         print(f"figures: {options.output}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,21 @@ class DrafterCLI(LightningCLI):
         """Resolves `last`; never lets a checkpoint's hyper-parameters win (lightning-traps 1)."""
         config = self.config.get(self.config.get("subcommand") or "")
         if config is None or not config.get("ckpt_path"):
+            if config is not None and self.config.subcommand != "fit":
+                raise UserError(
+                    f"{self.config.subcommand} needs a trained drafter: pass --ckpt_path FILE or "
+                    "--ckpt_path last."
+                )
             return
         if config.ckpt_path == "last":
+            self._continuing = True
             last = Path(_checkpoint_dir(config.run_dir)) / "last.ckpt"
-            config.ckpt_path = str(last) if last.is_file() else None
-            if config.ckpt_path is None:
+            if self.config.subcommand == "fit" and not last.is_file():
+                # a job that was preempted before its first checkpoint starts its own run again
                 warnings.warn(f"--ckpt_path last: no {last} yet, starting anew.", stacklevel=2)
+                config.ckpt_path = None
                 return
+            config.ckpt_path = str(last)
         if not Path(config.ckpt_path).is_file():
             raise UserError(f"--ckpt_path {config.ckpt_path}: there is no such file.")
         checkpoint = read_checkpoint(config.ckpt_path)
@@ -67,6 +76,8 @@ class DrafterCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
+            if isinstance(error, UserError) or not _raised_in(error, "losses"):
+                raise
             raise UserError(str(error).strip()) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -90,7 +101,8 @@ class DrafterCLI(LightningCLI):
         """Moves to a free folder if the run folder holds another run."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit":
-            chosen = choose_run_dir(config.run_dir, resuming=bool(config.ckpt_path))
+            resuming = bool(config.ckpt_path) or getattr(self, "_continuing", False)
+            chosen = choose_run_dir(config.run_dir, resuming)
             if chosen != config.run_dir:
                 print(f"{config.run_dir} holds a run already; this one goes to {chosen}")
                 config.run_dir = chosen
@@ -152,6 +164,12 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 def list_or_same(value: Any) -> Any:
     """Returns tuples as lists, so that both spellings compare equal."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    """Returns whether the frame that raised is a file of this package of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).parent == Path(__file__).parent / package for frame in frames)
 
 
 def _checkpoint_dir(run_dir: str) -> str:

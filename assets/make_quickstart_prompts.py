@@ -2,7 +2,7 @@
 
     python assets/make_quickstart_prompts.py > assets/quickstart_prompts.jsonl
     python -m data.regenerate --target <SmolLM2 .gguf> --prompts assets/quickstart_prompts.jsonl \
-        --output assets/quickstart.jsonl --max-new-tokens 64
+        --output assets/quickstart.jsonl --max-new-tokens 72
 
 The first HELD_OUT rows use slot values that no later row uses.
 """

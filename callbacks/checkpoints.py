@@ -66,6 +66,11 @@ class LastCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self._saved_step = -1
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the step of a resumed run as saved."""
+        super().on_train_start(trainer, pl_module)
+        self._saved_step = trainer.global_step
+
     @property
     def path(self) -> Path:
         """Where the checkpoint is."""

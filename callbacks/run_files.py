@@ -119,11 +119,16 @@ class RunSummary(Callback):
         if last is not None and last.path.exists():
             print(f"last checkpoint   {_relative(last.path)}")
         print(f"watch             {_python_tool('tensorboard')} --logdir {self.run_dir}")
-        epochs = max(trainer.current_epoch + 1, 2 * (trainer.max_epochs or trainer.current_epoch))
-        config = shlex.quote(str(self.run_dir / "config.yaml"))
+        if trainer.max_steps > 0:
+            further = f"--trainer.max_steps {2 * trainer.max_steps}"
+        else:
+            epochs = trainer.max_epochs or trainer.current_epoch
+            further = f"--trainer.max_epochs {max(trainer.current_epoch + 1, 2 * epochs)}"
+        newest = max(self.run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
+        config = shlex.quote(_relative(newest))
         print(
             f"continue          {_relative(sys.executable)} train.py fit --config {config} "
-            f"--ckpt_path last --trainer.max_epochs {epochs}",
+            f"--ckpt_path last {further}",
             flush=True,
         )
 

@@ -121,7 +121,7 @@ class SpeculativeVerification(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generates the trajectories; measures the untrained drafter unless the run is resumed."""
-        if not self.every_n_epochs:
+        if not self.every_n_epochs or trainer.fast_dev_run:
             return
         if getattr(trainer.datamodule, "val_row_set", None) is None:  # type: ignore[attr-defined]
             raise UserError(
@@ -129,7 +129,7 @@ class SpeculativeVerification(Callback):
                 "--data.val_rows or --data.val_data, or --verification.every_n_epochs 0."
             )
         self._load(trainer, pl_module)
-        if not self.before_training or trainer.global_step > 0 or trainer.fast_dev_run:
+        if not self.before_training or trainer.global_step > 0:
             return
         self.initial = self._verify(trainer, pl_module)
         scalars = _scalars(self.initial, self._argmax_share)
@@ -152,7 +152,8 @@ class SpeculativeVerification(Callback):
             name = name.replace("val/", "test/", 1) if trainer.testing else name
             self.log(name, value, prog_bar=shown)
         when = f"epoch {trainer.current_epoch}" if trainer.state.fn == "fit" else "drafter"
-        self._show(trainer, verified, when, step=trainer.global_step)
+        # where Lightning puts the scalars of this epoch
+        self._show(trainer, verified, when, step=max(0, trainer.global_step - 1))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As after a validation epoch, under test/."""
@@ -186,7 +187,8 @@ class SpeculativeVerification(Callback):
 
         self._trajectories = _on_all_ranks(load, trainer)
         if self.trust_responses:
-            equal, total = target_argmax_share(target, self._trajectories)
+            stored = self._trajectories
+            equal, total = _on_all_ranks(lambda: target_argmax_share(target, stored), trainer)
             sums = _sum_over_ranks(torch.tensor([equal, total], dtype=torch.float64), trainer)
             self._argmax_share = float(sums[0] / sums[1].clamp(min=1))
 
@@ -199,11 +201,20 @@ class SpeculativeVerification(Callback):
         for name, path in self.prompt_sets.items():
             loaded = load_prompts(path, target.tokenizer, vocab_size=target.vocab_size, limit=limit)
             prompts += [EvalPrompt(name, p.prompt_id, p.ids, p.response_ids) for p in loaded]
-        if not prompts:
-            raise UserError(
-                "Verification has no prompts: set --data.val_rows or --verification.prompt_sets."
+        room = target.max_length - self.settings.max_new_tokens
+        kept = [prompt for prompt in prompts if 0 < len(prompt.ids) <= room]
+        if len(kept) < len(prompts) and trainer.is_global_zero:
+            print(
+                f"verification: {len(prompts) - len(kept)} of {len(prompts)} prompts are left out: "
+                f"they are empty, or leave no room for {self.settings.max_new_tokens} new tokens "
+                f"in the target's context of {target.max_length}"
             )
-        return prompts
+        if not kept:
+            raise UserError(
+                "Verification has no prompts: set --data.val_rows or --verification.prompt_sets, "
+                "and leave them room in the target's context."
+            )
+        return kept
 
     # ------------------------------------------------------------------ measuring
 
@@ -233,14 +244,16 @@ class SpeculativeVerification(Callback):
                 done.append(response)
                 metrics[ALL_SETS].update(response.counts)
                 metrics[response.trajectory.prompt.set_name].update(response.counts)
-                for length in response.counts.round_lengths:
+                for length in response.drawn.round_lengths:
                     lengths[length] += 1
             return done
 
         was_training = drafter.training
         drafter.eval()
         # what verification draws must not move the training run's random numbers
-        with torch.random.fork_rng(), trainer.precision_plugin.forward_context():
+        device = trainer.strategy.root_device
+        cards = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cards), trainer.precision_plugin.forward_context():
             done = _on_all_ranks(run, trainer)
         drafter.train(was_training)
         figures = {name: metric.compute() for name, metric in metrics.items()}
@@ -289,7 +302,7 @@ def held_out_prompts(rows: RowSet, limit: int | None) -> list[EvalPrompt]:
 
 def marked_sample(response: MeasuredResponse, tokenizer: Any) -> str:
     """Returns a decoded response as text, accepted runs in brackets, for TensorBoard."""
-    ids, counts = response.ids, response.counts
+    ids, counts = response.ids, response.drawn
     parts, at = [tokenizer.decode(ids[:1])], 1
     for length, accepted in zip(counts.round_lengths, counts.round_accepted, strict=True):
         if accepted:
@@ -301,8 +314,12 @@ def marked_sample(response: MeasuredResponse, tokenizer: Any) -> str:
     return f"Accepted runs stand in ⟦brackets⟧.\n\n    {indented}"
 
 
+def _place(response: MeasuredResponse) -> tuple[str, int]:
+    return response.trajectory.prompt.set_name, response.trajectory.prompt.prompt_id
+
+
 def _first(done: list[MeasuredResponse]) -> MeasuredResponse:
-    return min(done, key=lambda response: response.trajectory.prompt.prompt_id)
+    return min(done, key=_place)
 
 
 def _scalars(verified: Verified, argmax_share: float | None) -> dict[str, float]:
@@ -314,9 +331,10 @@ def _scalars(verified: Verified, argmax_share: float | None) -> dict[str, float]
         "val/accepted_per_round": total["accepted_per_round"],
         # no right draft at all wastes none
         "val/waste_ratio": _or_zero(total["waste_ratio"]),
-        "val/waste_ratio_all_anchors": _or_zero(total["waste_ratio_all_anchors"]),
         "val/verification_seconds": verified.seconds,
     }
+    if math.isfinite(total["waste_ratio_all_anchors"]):  # the real loop doesn't know it
+        out["val/waste_ratio_all_anchors"] = total["waste_ratio_all_anchors"]
     for name, figures in verified.figures.items():
         if name != ALL_SETS:
             out[f"val/accepted_length/{name}"] = figures["accepted_length"]

@@ -19,7 +19,7 @@ from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, rank_and_world
 from drafter.blocks import DraftBatch
 from drafter.errors import UserError
-from drafter.target import Target, assert_finite_features
+from drafter.target import Features, Target, assert_finite_features
 
 
 class OnlineHiddenStates(LightningDataModule):
@@ -200,17 +200,15 @@ class OnlineHiddenStates(LightningDataModule):
 
     def steps_per_epoch(self) -> int:
         """Returns optimizer steps per epoch, from sizes alone (no loader is touched)."""
+        accumulate: int = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return -(-self._batches_per_epoch() // accumulate)
+
+    def _batches_per_epoch(self) -> int:
+        """Returns micro-batches per epoch and rank, within trainer.limit_train_batches."""
         _, world_size = rank_and_world(self.trainer)
         batches = -(-len(self.train_rows) // (self.batch_size * world_size))
-        if self.trainer is None:
-            return batches
-        limit = self.trainer.limit_train_batches
-        if isinstance(limit, int):
-            batches = min(batches, limit)
-        elif limit < 1.0:
-            batches = int(batches * limit)
-        accumulate: int = self.trainer.accumulate_grad_batches
-        return -(-batches // accumulate)
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def _loader(
         self, rows: RowSet, batch_size: int, *, training: bool, accumulate: int = 1
@@ -236,6 +234,7 @@ class OnlineHiddenStates(LightningDataModule):
             dataset,
             batches,
             accumulate=accumulate,
+            limit=self._batches_per_epoch() if training else None,
             num_workers=self.num_workers,
             pin_memory=torch.device(self.target.device).type == "cuda",
         )
@@ -275,37 +274,52 @@ class OnlineHiddenStates(LightningDataModule):
         Raises:
             UserError: A hidden state is NaN or infinite; names row, layer and position.
         """
-        if self.keep_in_memory and self._fill_from_memory(batch, last_hidden, row_set):
+        if not self.keep_in_memory:
+            batch.hidden_states, batch.last_hidden = self._run_target(
+                batch.input_ids, batch.document_ids, batch.sample_ids, layer_ids, last_hidden
+            )
             return batch
-        features = self.target.features(
-            batch.input_ids, batch.document_ids, layer_ids, last_hidden=last_hidden
-        )
-        assert_finite_features(features.hidden_states, layer_ids, batch.sample_ids)
-        batch.hidden_states, batch.last_hidden = features
-        if self.keep_in_memory:
-            self._keep(batch, row_set)
-        return batch
-
-    def _keep(self, batch: DraftBatch, row_set: str) -> None:
-        assert batch.hidden_states is not None
-        place = batch.hidden_states.device if self.keep_in_memory == "device" else "cpu"
-        lengths = (batch.document_ids >= 0).sum(1).tolist()
-        for i, (sample, length) in enumerate(zip(batch.sample_ids.tolist(), lengths, strict=True)):
-            last = None if batch.last_hidden is None else batch.last_hidden[i, :length].to(place)
-            # a copy: a view would keep the whole padded batch alive
-            states = batch.hidden_states[i, :length].to(place, copy=True)
-            self._kept[row_set, sample] = (states, last)
-
-    def _fill_from_memory(self, batch: DraftBatch, last_hidden: bool, row_set: str) -> bool:
         keys = [(row_set, sample) for sample in batch.sample_ids.tolist()]
-        if not all(key in self._kept for key in keys):
-            return False
-        kept = [self._kept[key] for key in keys]
+        missing = [i for i, key in enumerate(keys) if key not in self._kept]
+        if missing:
+            features = self._run_target(
+                batch.input_ids[missing],
+                batch.document_ids[missing],
+                batch.sample_ids[missing],
+                layer_ids,
+                last_hidden,
+            )
+            self._keep([keys[i] for i in missing], batch.document_ids[missing], features)
         device, length = batch.input_ids.device, batch.input_ids.shape[1]
+        kept = [self._kept[key] for key in keys]
         batch.hidden_states = _pad([states for states, _ in kept], length, device)
         if last_hidden:
             batch.last_hidden = _pad([last for _, last in kept if last is not None], length, device)
-        return True
+        return batch
+
+    def _run_target(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        sample_ids: Tensor,
+        layer_ids: tuple[int, ...],
+        last_hidden: bool,
+    ) -> Features:
+        features = self.target.features(input_ids, document_ids, layer_ids, last_hidden=last_hidden)
+        assert_finite_features(features.hidden_states, layer_ids, sample_ids)
+        return features
+
+    def _keep(self, keys: list[tuple[str, int]], document_ids: Tensor, features: Features) -> None:
+        states, last = features
+        place = states.device if self.keep_in_memory == "device" else "cpu"
+        for i, (key, length) in enumerate(
+            zip(keys, (document_ids >= 0).sum(1).tolist(), strict=True)
+        ):
+            # copies: a view would keep the whole padded batch alive
+            self._kept[key] = (
+                states[i, :length].to(place, copy=True),
+                None if last is None else last[i, :length].to(place, copy=True),
+            )
 
 
 def _pad(rows: list[Tensor], length: int, device: torch.device) -> Tensor:

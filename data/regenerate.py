@@ -117,7 +117,7 @@ def _append(
                 max_new_tokens,
                 sampling,
                 seed=seed,
-                prompt_ids=[p.prompt_id for p in batch],
+                prompt_ids=[p.key for p in batch],
                 batch_size=batch_size,
             )
             for prompt, response in zip(batch, responses, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,7 @@ class DraftLoader(DataLoader[DraftBatch]):
         dataset: Maps a list of `Item`s to a `DraftBatch`.
         batches: The order.
         accumulate: Micro-batches per optimizer step.
+        limit: Batches of an epoch that the trainer will take; the last window ends there.
         num_workers: Worker processes.
         pin_memory: Page-lock batches for transfer to a GPU.
     """
@@ -107,6 +109,7 @@ class DraftLoader(DataLoader[DraftBatch]):
         batches: EpochBatches,
         *,
         accumulate: int = 1,
+        limit: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -122,12 +125,13 @@ class DraftLoader(DataLoader[DraftBatch]):
         )
         self.batches = batches
         self.accumulate = accumulate
+        self.limit = limit
         self._epoch = 0
         self._handed = 0
 
     def __len__(self) -> int:
         """Returns batches per epoch."""
-        return len(self.batches)
+        return len(self.batches) if self.limit is None else min(self.limit, len(self.batches))
 
     def __iter__(self) -> Iterator[DraftBatch]:  # type: ignore[override]
         """Yields the rest of the current epoch after `load_state_dict`, else the whole epoch.
@@ -140,7 +144,8 @@ class DraftLoader(DataLoader[DraftBatch]):
         # start at the window's first batch, so that its counts are those of an unbroken run
         self.batches.start = first - first % self.accumulate
         skip = first - self.batches.start
-        for window in _windows(super().__iter__(), self.accumulate):
+        rest = len(self) - self.batches.start
+        for window in _windows(islice(super().__iter__(), rest), self.accumulate):
             counts = sum(batch.valid_counts for batch in window if batch.valid_counts is not None)
             for batch in window[skip:]:
                 if batch.valid_counts is not None:

@@ -10,6 +10,7 @@ Decoding is the case of one block behind the whole context.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -214,6 +215,16 @@ class Drafter(PreTrainedModel):
         """Returns `denoise` over `encode_context`; shapes as there."""
         context = self.encode_context(hidden_states, positions)
         return self.denoise(block_embeds, block_positions, context, visibility)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Drafter:
+        """Moves and casts all but RoPE's frequencies, which stay fp32: in bf16 angles drift."""
+        before = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            device = getattr(self.rotary_emb, name).device
+            if not (buffer.is_meta or device.type == "meta"):
+                setattr(self.rotary_emb, name, buffer.to(device))
+        return self
 
     def _layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", list(self.layers))

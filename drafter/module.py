@@ -96,7 +96,8 @@ class DrafterModule(LightningModule):
         self.loss = CombinedLoss(**loss) if isinstance(loss, dict) else loss
         self.save_hyperparameters(
             {
-                "loss": dataclasses.asdict(self.loss),
+                # extra terms are objects: a loaded module has the three that have names
+                "loss": dataclasses.asdict(dataclasses.replace(self.loss, extra=None)),
                 "block_size": block_size,
                 "num_layers": num_layers,
                 "target_layer_ids": target_layer_ids,
@@ -189,6 +190,7 @@ class DrafterModule(LightningModule):
                 "path": self._target.path,
                 "gguf_file": self._target.gguf_file,
                 "fingerprint": self._target.fingerprint,
+                "dtype": str(self._target.dtype).removeprefix("torch."),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -371,6 +373,11 @@ class DrafterModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips here: Lightning refuses fused AdamW with its own clipping (lightning-traps 4)."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(
+                f"gradient_clip_algorithm {gradient_clip_algorithm!r} is not supported; gradients "
+                "are clipped by norm."
+            )
         limit = gradient_clip_val if gradient_clip_val is not None else self.hparams.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.parameters() if p.grad is not None], limit or math.inf

@@ -8,6 +8,7 @@ Source: method.md, Rounds and Replay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ class ResponseCounts:
         matched: Argmax drafts that equal the trajectory's token, over the rounds walked.
         wasted: Those of them that stand after their block's first error.
         matched_all_anchors: As `matched`, over all anchors.
-        wasted_all_anchors: As `wasted`, over all anchors.
+        wasted_all_anchors: As `wasted`, over all anchors. The real loop sees only its rounds'
+            anchors, so both are nan there.
         round_lengths: The lengths, where the walk is certain (greedy or thinned), else empty.
         round_accepted: Likewise, accepted drafted tokens of each round.
     """
@@ -72,8 +74,8 @@ class ResponseCounts:
     reached_at: FloatArray
     matched: float
     wasted: float
-    matched_all_anchors: float = 0.0
-    wasted_all_anchors: float = 0.0
+    matched_all_anchors: float = math.nan
+    wasted_all_anchors: float = math.nan
     round_lengths: tuple[int, ...] = ()
     round_accepted: tuple[int, ...] = ()
 

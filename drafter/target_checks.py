@@ -175,7 +175,9 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
 def _samples(model: Any) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.flatten()
-        yield name, flat[:: max(1, len(flat) // 64)].float().cpu(), tuple(tensor.shape)
+        # rounded to bf16, so that a load at another precision is the same target
+        sample = flat[:: max(1, len(flat) // 64)].bfloat16().float().cpu()
+        yield name, sample, tuple(tensor.shape)
 
 
 def _bound(ran: Probe, full: float, low: float) -> float:

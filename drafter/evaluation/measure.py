@@ -84,8 +84,9 @@ class FeatureStore:
         waiting = [i for i in range(len(trajectories)) if i not in self._kept]
         for index in sorted(self._kept):
             yield index, self._kept[index]
-        # similar lengths together, or most of the work is padding
-        waiting.sort(key=lambda i: trajectories[i].length)
+        # similar lengths together, or most of the work is padding; the longest first, so that it
+        # sets its batch's size
+        waiting.sort(key=lambda i: -trajectories[i].length)
         while waiting:
             size = max(1, FEATURE_BATCH_TOKENS // trajectories[waiting[0]].length)
             batch, waiting = waiting[:size], waiting[size:]
@@ -111,6 +112,9 @@ class MeasuredResponse:
 
     trajectory: Trajectory
     counts: ResponseCounts
+    """What figures are made of; expectations in replay with a temperature."""
+    drawn: ResponseCounts
+    """Rounds that really happened, or one draw of them: for histograms and samples."""
     ids: list[int]
     seconds: dict[str, float] = field(default_factory=dict)
     plain_seconds: dict[str, float] = field(default_factory=dict)
@@ -125,7 +129,6 @@ def replay_trajectory(
     hidden_states: Tensor,
     *,
     anchors_per_chunk: int = 128,
-    thinned: bool = False,
 ) -> MeasuredResponse:
     """Measures by one teacher-forced pass over every response position.
 
@@ -136,7 +139,6 @@ def replay_trajectory(
         settings: It was generated under.
         hidden_states: (1, S, L*D), the target's features of prompt and response.
         anchors_per_chunk: Blocks at once.
-        thinned: With a temperature: draw the rounds by keyed uniforms instead of expectations.
     """
     prompt = trajectory.prompt
     input_ids = torch.tensor(trajectory.tokens, device=target.device)
@@ -151,9 +153,10 @@ def replay_trajectory(
         log_probs=torch.tensor(trajectory.log_probs) if trajectory.log_probs else None,
         anchors_per_chunk=anchors_per_chunk,
     )
-    if thinned and not settings.sampling.greedy:
-        slots = thin(slots, seed=settings.seed, prompt_id=prompt.prompt_id)
-    return MeasuredResponse(trajectory, count_rounds(slots), trajectory.ids)
+    counts = drawn = count_rounds(slots)
+    if not settings.sampling.greedy:
+        drawn = count_rounds(thin(slots, seed=settings.seed, prompt_id=prompt.key))
+    return MeasuredResponse(trajectory, counts, drawn, trajectory.ids)
 
 
 @torch.no_grad()
@@ -163,7 +166,7 @@ def decode_prompt(
     prompt_ids: Sequence[int],
     settings: TrajectorySettings,
     *,
-    prompt_id: int = 0,
+    key: int = 0,
     rule: Rule = "rejection",
 ) -> Decoded:
     """Runs the real loop on one prompt, with random numbers keyed by (seed, prompt)."""
@@ -176,7 +179,7 @@ def decode_prompt(
         max_new_tokens=settings.max_new_tokens,
         eos_token_ids=target.eos_token_ids,
         sampling=settings.sampling,
-        source=_source(settings.seed, prompt_id),
+        source=_source(settings.seed, key),
         rule=rule,
     )
 
@@ -191,7 +194,7 @@ def decode_trajectory(
 ) -> MeasuredResponse:
     """Measures by the real loop on the trajectory's prompt; `plain` times the target alone too."""
     prompt = trajectory.prompt
-    decoded = decode_prompt(drafter, target, prompt.ids, settings, prompt_id=prompt.prompt_id)
+    decoded = decode_prompt(drafter, target, prompt.ids, settings, key=prompt.key)
     plain_seconds: dict[str, float] = {}
     if plain:
         plain_seconds = decode_plainly(
@@ -200,10 +203,10 @@ def decode_trajectory(
             max_new_tokens=settings.max_new_tokens,
             eos_token_ids=target.eos_token_ids,
             sampling=settings.sampling,
-            source=_source(settings.seed, prompt.prompt_id),
+            source=_source(settings.seed, prompt.key),
         ).seconds
     counts = count_decoded(decoded.rounds, decoded.drafts, decoded.ids)
-    return MeasuredResponse(trajectory, counts, decoded.ids, decoded.seconds, plain_seconds)
+    return MeasuredResponse(trajectory, counts, counts, decoded.ids, decoded.seconds, plain_seconds)
 
 
 def measure(
@@ -252,6 +255,6 @@ def measure(
             bar.update()
 
 
-def _source(seed: int, prompt_id: int) -> GeneratorSource:
-    key = int(keyed_uniforms(seed, prompt_id, 1, STREAM_DECODE)[0] * 2**53)
-    return GeneratorSource(torch.Generator().manual_seed(key))
+def _source(seed: int, key: int) -> GeneratorSource:
+    begin = int(keyed_uniforms(seed, key, 1, STREAM_DECODE)[0] * 2**53)
+    return GeneratorSource(torch.Generator().manual_seed(begin))

@@ -40,7 +40,7 @@ def predict_prompt(
         Sampling(decoding.temperature, decoding.top_k, decoding.top_p),
         decoding.seed,
     )
-    decoded = decode_prompt(drafter, target, prompt.ids, settings, prompt_id=prompt.prompt_id)
+    decoded = decode_prompt(drafter, target, prompt.ids, settings, key=prompt.key)
     seconds = sum(decoded.seconds.values())
     return {
         "set": prompt.set_name,

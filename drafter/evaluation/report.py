@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ from drafter.target import Target
 
 FORMAT = 1
 AVERAGE = "average"
+AVERAGED = (
+    "accepted_length",
+    "accepted_length_per_response",
+    "accepted_length_unclipped",
+    "accepted_per_round",
+    "drafted_per_round",
+    "waste_ratio",
+)
 PHASES = ("prefill", "draft", "verify", "bookkeeping")
 
 
@@ -37,6 +45,7 @@ class LoadedDrafter:
     target_path: str | None = None
     target_gguf_file: str | None = None
     target_fingerprint: str | None = None
+    target_dtype: str = "auto"
 
 
 def load_drafter(path: str) -> LoadedDrafter:
@@ -76,6 +85,7 @@ def load_drafter(path: str) -> LoadedDrafter:
         target.get("path"),
         target.get("gguf_file"),
         target.get("fingerprint"),
+        target.get("dtype", "auto"),
     )
 
 
@@ -106,9 +116,12 @@ def report(
         UserError: A drafter belongs to a target of another shape.
     """
     begun = time.perf_counter()
-    trajectories = generate_trajectories(
-        target, prompts, settings, folder=folder, batch_size=batch_size, progress=progress
-    )
+    if mode == "decode":  # the loop writes its own responses
+        trajectories = [Trajectory(prompt, [], [], False) for prompt in prompts]
+    else:
+        trajectories = generate_trajectories(
+            target, prompts, settings, folder=folder, batch_size=batch_size, progress=progress
+        )
     generated = time.perf_counter() - begun
     results = []
     for loaded in drafters:
@@ -153,8 +166,11 @@ def _measure_one(
 ) -> dict[str, Any]:
     metrics: dict[str, DrafterMetrics] = {}
     seconds: dict[str, dict[str, float]] = {}
-    begun = time.perf_counter()
     decoding = mode == "decode"
+    if decoding:  # both loops once, untimed: the first passes on a device are slow
+        warm_up = replace(settings, max_new_tokens=min(8, settings.max_new_tokens))
+        list(measure(drafter, target, trajectories[:1], warm_up, mode=mode, plain=True))
+    begun = time.perf_counter()
     for response in measure(
         drafter, target, trajectories, settings, mode=mode, plain=decoding, progress=progress
     ):
@@ -172,8 +188,9 @@ def _measure_one(
     if decoding:
         for name, figures in sets.items():
             figures |= _speeds(seconds[name])
-    shared = [key for key, value in next(iter(sets.values())).items() if isinstance(value, float)]
-    average = {key: sum(figures[key] for figures in sets.values()) / len(sets) for key in shared}
+    average = {key: _mean(figures[key] for figures in sets.values()) for key in AVERAGED}
+    if decoding:
+        average["speedup"] = _mean(figures["speedup"] for figures in sets.values())
     return {
         "name": loaded.name,
         "block_size": drafter.config.block_size,
@@ -181,6 +198,21 @@ def _measure_one(
         "sets": sets,
         AVERAGE: average,
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Returns the mean of the finite values; nan if there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def without_nan(value: Any) -> Any:
+    """Returns a JSON-like value with null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _speeds(times: dict[str, float]) -> dict[str, float]:
@@ -216,11 +248,9 @@ def table(result: dict[str, Any]) -> str:
             row.append(f"{waste:.3f}" if math.isfinite(waste) else "-")
             row.append(f"{figures['responses']:.0f}" if name != AVERAGE else "")
             if decoding:
-                row += [
-                    f"{figures['tokens_per_second']:.1f}",
-                    f"{figures['tokens_per_second_plain']:.1f}",
-                    f"{figures['speedup']:.2f}",
-                ]
+                for key in ("tokens_per_second", "tokens_per_second_plain"):
+                    row.append(f"{figures[key]:.1f}" if key in figures else "")
+                row.append(f"{figures['speedup']:.2f}")
             rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(

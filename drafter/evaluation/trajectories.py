@@ -20,7 +20,7 @@ from drafter.files import write_atomic
 from drafter.sampling import GREEDY, Sampling, argmax
 from drafter.target import Target
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EvalPrompt:
 
     Attributes:
         set_name: Such as "gsm8k".
-        prompt_id: Its place in the set; keys random numbers.
+        prompt_id: Its place in the set.
         ids: Prompt token ids, generation prompt included.
         response_ids: A stored response, used only where the caller trusts it.
     """
@@ -38,6 +38,12 @@ class EvalPrompt:
     prompt_id: int
     ids: list[int]
     response_ids: list[int] | None = None
+
+    @property
+    def key(self) -> int:
+        """What its random numbers are keyed by, whatever other prompts or ranks there are."""
+        digest = hashlib.sha256(f"{self.set_name}/{self.prompt_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ def generate_trajectories(
         settings.max_new_tokens,
         settings.sampling,
         seed=settings.seed,
+        prompt_ids=[prompt.key for prompt in prompts],
         batch_size=batch_size,
         progress=progress,
     )
