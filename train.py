@@ -33,7 +33,7 @@ class DrafterCLI(LightningCLI):
             "--run_dir",
             type=str,
             default="runs/drafter",
-            help="Folder of the run: configs, checkpoints, TensorBoard events, trajectories.",
+            help="Folder of the run: configs, provenance, checkpoints, TensorBoard events.",
         )
         parser.add_lightning_class_args(SpeculativeVerification, "verification")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint_best")
@@ -81,7 +81,7 @@ class DrafterCLI(LightningCLI):
             raise UserError(str(error).strip()) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Chooses the run folder and gives the trainer its logger and the closing callbacks."""
+        """Gives the trainer its logger, and callbacks that open and close the run's folder."""
         run_dir = self._get(self.config_init, "run_dir")
         if self._get(self.config_init, "trainer.logger") is None:
             fitting = self.subcommand == "fit"  # the other commands print what they find

@@ -224,9 +224,7 @@ class SpeculativeVerification(Callback):
         names = sorted({t.prompt.set_name for t in self._trajectories or []})
         names = _union_over_ranks(names, trainer)
         block_size = drafter.config.block_size
-        metrics = {
-            name: DrafterMetrics(block_size - 1).to(pl_module.device) for name in (ALL_SETS, *names)
-        }
+        metrics = {name: DrafterMetrics(block_size - 1) for name in (ALL_SETS, *names)}
         lengths = torch.zeros(block_size + 1, dtype=torch.float64)
 
         def run() -> list[MeasuredResponse]:
@@ -256,6 +254,8 @@ class SpeculativeVerification(Callback):
         with torch.random.fork_rng(devices=cards), trainer.precision_plugin.forward_context():
             done = _on_all_ranks(run, trainer)
         drafter.train(was_training)
+        if trainer.world_size > 1:  # added up on the CPU, synced where the backend can
+            metrics = {name: metric.to(device) for name, metric in metrics.items()}
         figures = {name: metric.compute() for name, metric in metrics.items()}
         return Verified(
             figures,
