@@ -32,6 +32,7 @@ from drafter.evaluation.trajectories import (
     target_argmax_share,
 )
 from drafter.files import cache_root
+from drafter.ranks import sum_over_ranks
 from drafter.sampling import Sampling
 
 HELD_OUT = "held_out"
@@ -189,7 +190,9 @@ class SpeculativeVerification(Callback):
         if self.trust_responses:
             stored = self._trajectories
             equal, total = _on_all_ranks(lambda: target_argmax_share(target, stored), trainer)
-            sums = _sum_over_ranks(torch.tensor([equal, total], dtype=torch.float64), trainer)
+            sums = sum_over_ranks(
+                torch.tensor([equal, total], dtype=torch.float64), _device(trainer)
+            )
             self._argmax_share = float(sums[0] / sums[1].clamp(min=1))
 
     def _prompts(self, trainer: Trainer, target: Any) -> list[EvalPrompt]:
@@ -249,7 +252,7 @@ class SpeculativeVerification(Callback):
         was_training = drafter.training
         drafter.eval()
         # what verification draws must not move the training run's random numbers
-        device = trainer.strategy.root_device
+        device = _device(trainer)
         cards = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cards), trainer.precision_plugin.forward_context():
             done = _on_all_ranks(run, trainer)
@@ -259,7 +262,7 @@ class SpeculativeVerification(Callback):
         figures = {name: metric.compute() for name, metric in metrics.items()}
         return Verified(
             figures,
-            _sum_over_ranks(lengths, trainer).long(),
+            sum_over_ranks(lengths, device).long(),
             marked_sample(_first(done), target.tokenizer) if done else "",
             time.perf_counter() - begun,
         )
@@ -356,7 +359,7 @@ def _on_all_ranks(function: Callable[[], Any], trainer: Trainer) -> Any:
         result = function()
     except Exception as caught:
         error = caught
-    failed = _sum_over_ranks(torch.tensor([float(error is not None)]), trainer)
+    failed = sum_over_ranks(torch.tensor([float(error is not None)]), _device(trainer))
     if error is not None:
         raise error
     if failed > 0:
@@ -364,12 +367,9 @@ def _on_all_ranks(function: Callable[[], Any], trainer: Trainer) -> Any:
     return result
 
 
-def _sum_over_ranks(tensor: Tensor, trainer: Trainer) -> Tensor:
-    if trainer.world_size == 1:
-        return tensor
-    moved = tensor.to(trainer.strategy.root_device)
-    torch.distributed.all_reduce(moved)
-    return moved.to(tensor.device)
+def _device(trainer: Trainer) -> torch.device:
+    device: torch.device = trainer.strategy.root_device
+    return device
 
 
 def _union_over_ranks(names: list[str], trainer: Trainer) -> list[str]:

@@ -153,16 +153,21 @@ def build_blocks(batch: DraftBatch, block_size: int, mask_token_id: int) -> Bloc
     own_BAK = own_BAK & (documents_BAK >= 0)
     # cumulative: a gap (an unsupervised token, another document) ends the block for good
     valid_BAN = own_BAK[..., 1:].long().cumprod(-1).bool()
-    input_ids_BAK = torch.full_like(tokens_BAK, mask_token_id)
-    input_ids_BAK[..., 0] = torch.where(is_block_BA1[..., 0], tokens_BAK[..., 0], mask_token_id)
+    anchor_tokens_BA = torch.where(is_block_BA1[..., 0], tokens_BAK[..., 0], mask_token_id)
     anchor_position_BA1 = at_slots(batch.positions)[..., :1]
     return Blocks(
         anchors=anchors_BA,
-        input_ids=input_ids_BAK,
+        input_ids=block_input_ids(anchor_tokens_BA, block_size, mask_token_id),
         labels=torch.where(valid_BAN, tokens_BAK[..., 1:], 0),
         valid=valid_BAN,
         positions=anchor_position_BA1 + offsets_K,
     )
+
+
+def block_input_ids(anchor_tokens: Tensor, block_size: int, mask_token_id: int) -> Tensor:
+    """Returns (..., K) int64 block inputs: the anchor token (...) at slot 0, then mask tokens."""
+    masks = anchor_tokens.new_full((*anchor_tokens.shape, block_size - 1), mask_token_id)
+    return torch.cat((anchor_tokens.unsqueeze(-1), masks), dim=-1)
 
 
 def count_valid(batch: DraftBatch, block_size: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from drafter.blocks import block_input_ids
 from drafter.model import DraftContext, Drafter
 from drafter.sampling import GREEDY, GeneratorSource, RandomSource, Sampling, argmax, warp
 from drafter.target import Target
@@ -279,10 +280,9 @@ class CachedDrafter:
         self.context = self._drafter.encode_context(
             features.unsqueeze(0), positions.unsqueeze(0), self.context
         )
-        block_ids = torch.full(
-            (1, 1, self.block_size), self._drafter.config.mask_token_id, device=device
-        )
-        block_ids[..., 0] = anchor_id
+        anchor = torch.tensor([[anchor_id]], device=device)
+        mask_id = self._drafter.config.mask_token_id
+        block_ids = block_input_ids(anchor, self.block_size, mask_id)
         slots = self.context.length + torch.arange(self.block_size, device=device)
         hidden = self._drafter.denoise(
             self._target.embed(block_ids), slots.view(1, 1, -1), self.context

@@ -25,6 +25,7 @@ from drafter.initialise import InitFromTarget, initialise_from_target
 from drafter.mask_token import choose_mask_token
 from drafter.model import Drafter
 from drafter.optimisation import OptimiserSettings, apply_settings, make_optimizer
+from drafter.ranks import sum_over_ranks
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
 from losses.combined import CombinedLoss, LossOutput
@@ -249,7 +250,7 @@ class DrafterModule(LightningModule):
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""
         scores = self(batch)
-        out = self.loss(scores, self._progress(), batch.window_counts, self._sum_over_ranks)
+        out = self.loss(scores, self._progress(), batch.window_counts, sum_over_ranks)
         self._log.add(out, scores)
         every = self.hparams.log_gradient_norms_every
         if every and self.global_step % every == 0:
@@ -265,7 +266,7 @@ class DrafterModule(LightningModule):
     def _log_window(self, out: LossOutput) -> None:
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         on_the_bar = {"cross_entropy": "ce", "accepted_length": "tau"}
-        for name, value in self._log.pop(self._sum_over_ranks, out.weights).items():
+        for name, value in self._log.pop(sum_over_ranks, out.weights).items():
             self.log(f"train/{name}", value, on_step=True, on_epoch=False)
             if name in on_the_bar:
                 self.log(on_the_bar[name], value, prog_bar=True, logger=False)
@@ -284,7 +285,7 @@ class DrafterModule(LightningModule):
         if self.trainer.sanity_checking:
             return
         weights = self.loss.weights(self._progress())
-        for name, value in self._val_log.pop(self._sum_over_ranks, weights).items():
+        for name, value in self._val_log.pop(sum_over_ranks, weights).items():
             # val/accepted_length is the verification callback's: this is an estimate from blocks
             name = "block_accepted_length" if name == "accepted_length" else name
             stage = "test" if self.trainer.testing else "val"
@@ -301,12 +302,6 @@ class DrafterModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Logs what validation logs, under test/."""
         self.on_validation_epoch_end()
-
-    def _sum_over_ranks(self, vector: Tensor) -> Tensor:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            vector = vector.clone()
-            torch.distributed.all_reduce(vector)
-        return vector
 
     def predict_step(self, batch: EvalPrompt, batch_idx: int) -> dict[str, Any]:
         """Returns one prompt's response by the real speculative loop, as plain values."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from drafter.attention import build_visibility
+from drafter.blocks import block_input_ids
 from drafter.errors import UserError
 from drafter.head import FrozenHead
 from drafter.model import Drafter
@@ -89,8 +90,7 @@ def replay_slots(
     for part_C, labels_CN in zip(
         anchors_T.split(anchors_per_chunk), labels_TN.split(anchors_per_chunk), strict=True
     ):
-        block_ids = torch.full((1, len(part_C), block_size), mask_id, device=device)
-        block_ids[0, :, 0] = input_ids[part_C]
+        block_ids = block_input_ids(input_ids[part_C][None], block_size, mask_id)
         # every trajectory has its own length: a compiled kernel would be compiled for each
         visibility = build_visibility(part_C[None], document_ids, block_size, "sdpa")
         positions = part_C[None, :, None] + offsets_K

@@ -235,8 +235,8 @@ def measure(
         progress: Show a bar.
     """
     assert mode in ("replay", "decode")
-    with tqdm(total=len(trajectories), desc=f"verifying ({mode})", disable=not progress) as bar:
-        bar.leave = False
+    title = f"verifying ({mode})"
+    with tqdm(total=len(trajectories), desc=title, disable=not progress, leave=False) as bar:
         if mode == "decode":
             for trajectory in trajectories:
                 yield decode_trajectory(drafter, target, trajectory, settings, plain=plain)
