@@ -72,7 +72,7 @@ class Provenance(Callback):
         record = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "argv": sys.argv,
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "python": platform.python_version(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "world_size": trainer.world_size,
@@ -167,7 +167,8 @@ def _device_name(trainer: Trainer) -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """Returns the hash of the commit that is checked out; None outside a repository."""
     try:
         return subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -5,6 +5,7 @@ Legend: B rows, S tokens per row, L tapped layers, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from data.batches import BatchDataset
 from data.conversations import RowSet, load_rows
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, rank_and_world
+from data.sharing import KeptFeatures, load_target, shared_features
 from drafter.blocks import DraftBatch
 from drafter.errors import UserError
 from drafter.target import Features, Target, assert_finite_features
@@ -106,7 +108,7 @@ class OnlineHiddenStates(LightningDataModule):
         self._target: Target | None = None
         self._train_rows: RowSet | None = None
         self._val_rows: RowSet | None = None
-        self._kept: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+        self._kept: KeptFeatures = {}
 
     @property
     def target(self) -> Target:
@@ -129,7 +131,7 @@ class OnlineHiddenStates(LightningDataModule):
         """Loads the target onto this rank's device, and the rows that `stage` needs."""
         if self._target is None:
             device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
-            self._target = Target.load(
+            self._target = load_target(
                 self.target_path,
                 gguf_file=self.gguf_file,
                 dtype=self.target_dtype,
@@ -137,8 +139,22 @@ class OnlineHiddenStates(LightningDataModule):
                 revision=self.target_revision,
                 trust_remote_code=self.trust_remote_code,
             )
+            shared = shared_features(self._target, self._rows_identity())
+            self._kept = self._kept if shared is None else shared
         if stage in ("fit", "validate", "test") and self._train_rows is None:
             self._load_rows(training=stage == "fit")
+
+    def _rows_identity(self) -> tuple[Any, ...]:
+        """What decides which tokens a sample id stands for."""
+        return (
+            str(self.train_data),
+            self.train_split,
+            str(self.val_data),
+            self.val_rows,
+            self.limit_rows,
+            self.max_length,
+            self.keep_in_memory,
+        )
 
     def _load_rows(self, training: bool) -> None:
         if not self.train_data:
@@ -279,7 +295,7 @@ class OnlineHiddenStates(LightningDataModule):
                 batch.input_ids, batch.document_ids, batch.sample_ids, layer_ids, last_hidden
             )
             return batch
-        keys = [(row_set, sample) for sample in batch.sample_ids.tolist()]
+        keys = [(row_set, layer_ids, last_hidden, sample) for sample in batch.sample_ids.tolist()]
         missing = [i for i, key in enumerate(keys) if key not in self._kept]
         if missing:
             features = self._run_target(
@@ -309,7 +325,7 @@ class OnlineHiddenStates(LightningDataModule):
         assert_finite_features(features.hidden_states, layer_ids, sample_ids)
         return features
 
-    def _keep(self, keys: list[tuple[str, int]], document_ids: Tensor, features: Features) -> None:
+    def _keep(self, keys: list[Hashable], document_ids: Tensor, features: Features) -> None:
         states, last = features
         place = states.device if self.keep_in_memory == "device" else "cpu"
         for i, (key, length) in enumerate(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data.formats import check_range, prompt_messages, row_messages, token_ids
 from data.render import ChatFormat, Message, TemplateRefusal
-from data.sources import Source, read_file
+from data.sources import Source, read_file_leniently
 from drafter.errors import UserError
-from drafter.evaluation.trajectories import EvalPrompt
+from drafter.evaluation.trajectories import EvalPrompt, Skipped, Trajectory
 
 log = logging.getLogger(__name__)
+
+Rows = Iterable[tuple[str, dict[str, Any] | UserError]]
+"""(where, row) pairs in order, with an error in the place of a malformed row."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,16 @@ class Prompt(EvalPrompt):
 
     Attributes:
         text: the rendering that `ids` are the tokens of, generation prompt included.
-        turns: what the user says in each turn. Only the first is rendered so far: a later one needs
-            the target's answer to the one before.
+        turns: what the user says in each turn. Only those up to `turn` are rendered: a later one
+            needs the target's answer to the one before (see `FollowUps`).
+        messages: what is rendered; empty for a row that came tokenised.
+        tools: passed to the template.
     """
 
     text: str = ""
     turns: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
+    tools: Any = None
 
 
 def load_prompts(
@@ -41,6 +48,7 @@ def load_prompts(
     limit: int | None = None,
     max_prompt_tokens: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    skipped: list[Skipped] | None = None,
 ) -> list[Prompt]:
     """Returns the prompts of the files, set by set, in file order.
 
@@ -56,46 +64,158 @@ def load_prompts(
         limit: rows of each file to read after those; None reads all.
         max_prompt_tokens: longer prompts are left out, with a warning that names them.
         template_kwargs: passed to the chat template.
+        skipped: if given, rows that can't be used are left out and added here, each with its
+            reason, instead of raising.
 
     Raises:
         UserError: a file is missing or a row malformed (named), there is text to render but no chat
             template, two sets have one name, or no prompt is left.
     """
-    if skip < 0 or (limit is not None and limit < 0):
-        raise UserError(f"skip is {skip} and limit is {limit}; neither may be negative")
     reader = Source(source)
     files = reader.files()
     if files is None:
         raise UserError(f"{reader.name}: no such file or folder of prompts")
-    renderer = _Renderer(tokenizer, vocab_size, template_kwargs)
     sets: dict[str, Path] = {}
-    prompts: list[Prompt] = []
     for path in files:
         name = path.name.split(".")[0]
         if name in sets:
             raise UserError(f"{path} and {sets[name]}: two prompt sets are named {name!r}")
         sets[name] = path
-        rows = islice(enumerate(read_file(path)), skip, None if limit is None else skip + limit)
-        read = [renderer.prompt(name, index, data, where) for index, (where, data) in rows]
-        kept = [p for p in read if max_prompt_tokens is None or len(p.ids) <= max_prompt_tokens]
-        if len(kept) < len(read):
-            long = [p.prompt_id for p in read if len(p.ids) > (max_prompt_tokens or 0)]
-            log.warning(
-                "%s: %d of %d prompts have more than %d tokens and are left out (rows %s%s)",
-                path,
-                len(long),
-                len(read),
-                max_prompt_tokens,
-                ", ".join(map(str, long[:5])),
-                ", ..." if len(long) > 5 else "",
-            )
-        prompts += kept
+    return load_prompt_sets(
+        {name: read_file_leniently(path) for name, path in sets.items()},
+        tokenizer,
+        vocab_size=vocab_size,
+        skip=skip,
+        limit=limit,
+        max_prompt_tokens=max_prompt_tokens,
+        template_kwargs=template_kwargs,
+        skipped=skipped,
+        source=reader.name,
+    )
+
+
+def load_prompt_sets(
+    sets: Mapping[str, Rows],
+    tokenizer: Any,
+    *,
+    vocab_size: int | None = None,
+    skip: int = 0,
+    limit: int | None = None,
+    max_prompt_tokens: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    skipped: list[Skipped] | None = None,
+    source: str = "prompts",
+) -> list[Prompt]:
+    """Returns the prompts of named sets of rows; arguments and errors as `load_prompts`.
+
+    Args:
+        sets: rows by set name.
+        source: names all of them in errors.
+    """
+    if skip < 0 or (limit is not None and limit < 0):
+        raise UserError(f"skip is {skip} and limit is {limit}; neither may be negative")
+    renderer = _Renderer(tokenizer, vocab_size, template_kwargs)
+    last = None if limit is None else skip + limit
+    refused: list[Skipped] = []
+    prompts: list[Prompt] = []
+    for name, rows in sets.items():
+        read: list[Prompt] = []
+        for index, (where, data) in islice(enumerate(rows), skip, last):
+            try:
+                if isinstance(data, UserError):
+                    raise data
+                read.append(renderer.prompt(name, index, data, where))
+            except UserError as error:
+                if skipped is None:
+                    raise
+                refused.append(Skipped(name, index, 0, str(error)))
+        prompts += _short_enough(read, max_prompt_tokens, name, refused)
+    if skipped is not None:
+        skipped += refused
     if not prompts:
+        reasons = "; ".join(sorted({entry.reason for entry in refused})[:3])
         raise UserError(
-            f"{reader.name}: no prompt is left (skip {skip}, limit {limit}, max_prompt_tokens "
-            f"{max_prompt_tokens})"
+            f"{source}: no prompt is left (skip {skip}, limit {limit}, max_prompt_tokens "
+            f"{max_prompt_tokens}){': ' if reasons else ''}{reasons}"
         )
     return prompts
+
+
+def _short_enough(
+    prompts: list[Prompt], most: int | None, name: str, skipped: list[Skipped]
+) -> list[Prompt]:
+    if most is None:
+        return prompts
+    long = [prompt for prompt in prompts if len(prompt.ids) > most]
+    if long:
+        named = ", ".join(str(prompt.prompt_id) for prompt in long[:5])
+        log.warning(
+            "%s: %d of %d prompts have more than %d tokens and are left out (rows %s%s)",
+            name,
+            len(long),
+            len(prompts),
+            most,
+            named,
+            ", ..." if len(long) > 5 else "",
+        )
+    skipped += [
+        Skipped(name, p.prompt_id, p.turn, f"{len(p.ids)} tokens, more than the {most} that fit")
+        for p in long
+    ]
+    return [prompt for prompt in prompts if len(prompt.ids) <= most]
+
+
+@dataclass
+class FollowUps:
+    """Makes the prompt of a conversation's next turn, with the target's own reply in its context.
+
+    Args:
+        tokenizer: the target's.
+        max_prompt_tokens: longer ones are left out.
+        template_kwargs: passed to the chat template.
+        skipped: turns that were left out, each with its reason.
+    """
+
+    tokenizer: Any
+    max_prompt_tokens: int | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+    skipped: list[Skipped] = field(default_factory=list)
+    _chat: ChatFormat | None = None
+
+    def has_next(self, prompt: EvalPrompt) -> bool:
+        """Returns whether the user says more after this prompt's reply."""
+        assert isinstance(prompt, Prompt)
+        return bool(prompt.messages) and prompt.turn + 1 < len(prompt.turns)
+
+    def __call__(self, trajectory: Trajectory) -> Prompt | None:
+        """Returns the next turn's prompt; None if there is none or it can't be asked."""
+        prompt = trajectory.prompt
+        assert isinstance(prompt, Prompt)
+        if not self.has_next(prompt):
+            return None
+        turn = prompt.turn + 1
+        reply = self.tokenizer.decode(trajectory.ids, skip_special_tokens=True)
+        messages = (
+            *prompt.messages,
+            {"role": "assistant", "content": reply},
+            {"role": "user", "content": prompt.turns[turn]},
+        )
+        if self._chat is None:
+            self._chat = ChatFormat(self.tokenizer, template_kwargs=self.template_kwargs)
+        following = replace(prompt, turn=turn, messages=messages, response_ids=None)
+        try:
+            text, ids = self._chat.encode_prompt(messages, prompt.tools)
+        except TemplateRefusal as error:
+            self._skip(following, f"the target's chat template refuses it: {error}")
+            return None
+        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+            most = self.max_prompt_tokens
+            self._skip(following, f"{len(ids)} tokens, more than the {most} that fit")
+            return None
+        return replace(following, text=text, ids=ids)
+
+    def _skip(self, prompt: Prompt, reason: str) -> None:
+        self.skipped.append(Skipped(prompt.set_name, prompt.prompt_id, prompt.turn, reason))
 
 
 class _Renderer:
@@ -116,7 +236,8 @@ class _Renderer:
             if not ids:
                 raise UserError(f"{where}: prompt_ids is empty")
             words = [data["prompt"]] if isinstance(data.get("prompt"), str) else []
-            return Prompt(set_name, index, ids, response, self.tokenizer.decode(ids), tuple(words))
+            text = self.tokenizer.decode(ids)
+            return Prompt(set_name, index, ids, response, text=text, turns=tuple(words))
         messages, turns = _asked(data, where)
         if self._chat is None:  # its absence matters only now
             self._chat = ChatFormat(self.tokenizer, template_kwargs=self.template_kwargs)
@@ -124,7 +245,16 @@ class _Renderer:
             text, ids = self._chat.encode_prompt(messages, data.get("tools"))
         except TemplateRefusal as error:
             raise UserError(f"{where}: the target's chat template refuses it: {error}") from error
-        return Prompt(set_name, index, ids, response, text, turns)
+        return Prompt(
+            set_name,
+            index,
+            ids,
+            response,
+            text=text,
+            turns=turns,
+            messages=tuple(messages),
+            tools=data.get("tools"),
+        )
 
     def _ids(self, value: Any, where: str) -> list[int]:
         ids = token_ids(value, where)
@@ -139,6 +269,7 @@ def _asked(data: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, 
     if turns is not None:
         if not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
             raise UserError(f"{where}: turns must be a list of texts, not {turns!r:.60}")
+        _check_says_something(turns[0], where)
         return [{"role": "user", "content": turns[0]}], tuple(turns)
     messages = row_messages(data, where) or prompt_messages(data, where)
     turns = tuple(_text(message) for message in messages if message["role"] == "user")
@@ -146,7 +277,13 @@ def _asked(data: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, 
     before = messages[: roles.index("assistant")] if "assistant" in roles else messages
     if not before:
         raise UserError(f"{where}: no prompt comes before the first assistant turn")
+    _check_says_something("".join(map(_text, before)), where)
     return before, turns
+
+
+def _check_says_something(text: str, where: str) -> None:
+    if not text.strip():
+        raise UserError(f"{where}: the prompt is empty")
 
 
 def _text(message: Message) -> str:

@@ -147,6 +147,18 @@ def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: the file is missing, torn or malformed; names file and line.
     """
+    for where, row in read_file_leniently(path):
+        if isinstance(row, UserError):
+            raise row
+        yield where, row
+
+
+def read_file_leniently(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    """As `read_file`, but yields a malformed line's error in its place, and reads on.
+
+    Raises:
+        UserError: the file itself is missing or torn, or is one malformed JSON list.
+    """
     try:
         if file_suffix(path) == ".parquet":
             yield from _parquet_rows(path)
@@ -164,7 +176,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     with _open(path) as file:
         # a .json file is one list, or (often) one object a line under the wrong name
         if file_suffix(path) == ".json":
@@ -177,7 +189,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             line = line.removeprefix(b"\xef\xbb\xbf").strip()
             if line:
                 where = f"{path}, line {number}"
-                yield where, _as_row(_parse(line, where), where)
+                try:
+                    row: dict[str, Any] | UserError = _as_row(_parse(line, where), where)
+                except UserError as error:
+                    row = error
+                yield where, row
 
 
 def _list_rows(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -58,7 +58,10 @@ class DrafterEngine(Protocol):
         ...
 
     def draft(self, anchor_id: int) -> Tensor:
-        """Returns logits (N, V) for the slots behind the anchor, from committed context only."""
+        """Returns logits (n, V) for the slots behind the anchor, from committed context only.
+
+        A block-diffusion drafter gives n = N; one that has nothing to offer may give fewer, or 0.
+        """
         ...
 
 
@@ -219,26 +222,31 @@ class CachedTarget:
         self.session = target.session()
         self._taps: list[Tensor] = []
         self._block_taps: Tensor | None = None
-        self._committed = 0
+        self._block: list[int] = []
+        self.committed: list[int] = []
+        """Token ids in the cache: prompt and response but for the newest token."""
+        self.passes = 0
+        """Passes of the target so far, prefill included."""
 
     def prefill(self, prompt_ids: Sequence[int]) -> Tensor:
         """See `TargetEngine`."""
         last_hidden, taps = self._forward(prompt_ids)
         self._taps.append(taps)
-        self._committed = self.session.length
+        self.committed = list(prompt_ids)
         return self._target.head.logits(last_hidden[-1])
 
     def verify(self, block_ids: Sequence[int]) -> Tensor:
         """See `TargetEngine`."""
         last_hidden, self._block_taps = self._forward(block_ids)
+        self._block = list(block_ids)
         return self._target.head.logits(last_hidden)
 
     def commit(self, count: int) -> None:
         """See `TargetEngine`."""
         assert self._block_taps is not None
         self._taps.append(self._block_taps[:count])
-        self._committed += count
-        self.session.crop(self._committed)
+        self.committed += self._block[:count]
+        self.session.crop(len(self.committed))
 
     def take_features(self) -> Tensor:
         """Returns (n, L*D) features committed since the last call."""
@@ -248,6 +256,7 @@ class CachedTarget:
     def _forward(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor(list(ids), device=self._target.device)
         last_hidden, taps = self.session.forward(tokens, self._layer_ids)
+        self.passes += 1
         return last_hidden, taps
 
 

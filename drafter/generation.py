@@ -8,6 +8,8 @@ that its prompt is generated in.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -50,7 +52,7 @@ def generate(
     seed: int,
     prompt_ids: Sequence[int] | None,
     batch_size: int,
-    progress: bool,
+    progress: bool | tqdm,
 ) -> list[Response]:
     """Returns a response to every prompt, in the order given.
 
@@ -62,7 +64,7 @@ def generate(
         seed: Of sampled responses.
         prompt_ids: With the seed, the keys of the random numbers; None for 0, 1, 2, ...
         batch_size: Prompts at once; those of similar length go together.
-        progress: Show a bar.
+        progress: Show a bar; or a bar of the caller's to move on by every finished response.
 
     Raises:
         UserError: batch_size is not positive. (`Target.generate` checks the prompts.)
@@ -72,19 +74,21 @@ def generate(
     keys = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
     by_length = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     responses = [Response() for _ in prompts]
-    tokens = 0
-    with tqdm(
-        total=len(prompts), desc="target answers", unit="prompt", disable=not progress
-    ) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = progress
+        if isinstance(bar, bool):
+            bar = stack.enter_context(
+                tqdm(total=len(prompts), desc="target answers", unit="prompt", disable=not bar)
+            )
+        tokens, begun = 0, time.perf_counter()
         for start in range(0, len(prompts), batch_size):
             chosen = by_length[start : start + batch_size]
             batch = _Batch(target, [prompts[i] for i in chosen], [keys[i] for i in chosen])
-            for i, response in zip(chosen, batch.run(max_new_tokens, sampling, seed), strict=True):
+            answers = batch.run(max_new_tokens, sampling, seed, bar)
+            for i, response in zip(chosen, answers, strict=True):
                 responses[i] = response
                 tokens += len(response.ids)
-            bar.update(len(chosen))
-            seconds = max(1e-9, float(bar.format_dict["elapsed"]))
-            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):.0f} tokens/s")
     return responses
 
 
@@ -106,12 +110,11 @@ class _Batch:
         self.lengths_B = self.mask_BS.sum(1)
         self.cache = DynamicCache()  # whole context in every layer, see TargetSession
 
-    def run(self, max_new_tokens: int, sampling: Sampling, seed: int) -> list[Response]:
-        """Returns the responses, in the order of the prompts."""
+    def run(self, max_new_tokens: int, sampling: Sampling, seed: int, bar: tqdm) -> list[Response]:
+        """Returns the responses, in the order of the prompts; moves `bar` on as each ends."""
         with frozen(self.target.device):
-            return self._run(
-                max_new_tokens, sampling, self._uniforms(max_new_tokens, sampling, seed)
-            )
+            uniforms_BN = self._uniforms(max_new_tokens, sampling, seed)
+            return self._run(max_new_tokens, sampling, uniforms_BN, bar)
 
     def _uniforms(self, count: int, sampling: Sampling, seed: int) -> Tensor:
         """Returns (B, count) fp64 on the CPU, each row a function of (seed, key) alone."""
@@ -120,7 +123,9 @@ class _Batch:
         rows = [keyed_uniforms(seed, key, count, STREAM_TARGET) for key in self.keys]
         return torch.from_numpy(np.stack(rows))
 
-    def _run(self, max_new_tokens: int, sampling: Sampling, uniforms_BN: Tensor) -> list[Response]:
+    def _run(
+        self, max_new_tokens: int, sampling: Sampling, uniforms_BN: Tensor, bar: tqdm
+    ) -> list[Response]:
         responses = [Response() for _ in self.keys]
         rows = list(range(len(self.keys)))  # which responses the batch's rows belong to
         ends = self.ids_BS.new_tensor(self.target.eos_token_ids)
@@ -146,7 +151,8 @@ class _Batch:
             for row, token, end in zip(rows, tokens, ended, strict=True):
                 responses[row].ids.append(token)
                 responses[row].finished = end
-            keep = [i for i, end in enumerate(ended) if not end]
+            keep = [i for i, end in enumerate(ended) if not end and step + 1 < max_new_tokens]
+            bar.update(len(rows) - len(keep))
             if not keep:
                 break
             if len(keep) < len(rows):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -60,6 +60,9 @@ class ResponseCounts:
         matched_all_anchors: As `matched`, over all anchors.
         wasted_all_anchors: As `wasted`, over all anchors. The real loop sees only its rounds'
             anchors, so both are nan there.
+        visits: (T,) rounds whose anchor is the response's token t (probabilities in replay with a
+            temperature).
+        emitted_from: (T,) tokens emitted by those rounds.
         round_lengths: The lengths, where the walk is certain (greedy or thinned), else empty.
         round_accepted: Likewise, accepted drafted tokens of each round.
     """
@@ -76,6 +79,8 @@ class ResponseCounts:
     wasted: float
     matched_all_anchors: float = math.nan
     wasted_all_anchors: float = math.nan
+    visits: FloatArray = field(default_factory=lambda: np.zeros(0))
+    emitted_from: FloatArray = field(default_factory=lambda: np.zeros(0))
     round_lengths: tuple[int, ...] = ()
     round_accepted: tuple[int, ...] = ()
 
@@ -98,7 +103,7 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
     exactly = prefix - np.concatenate([prefix[:, 1:], np.zeros((last, 1))], axis=1)
     visit = np.zeros(last + 1)
     visit[0] = 1.0
-    unclipped = np.zeros(last)
+    unclipped, emitted_from = np.zeros(last), np.zeros(last)
     lengths: list[int] = []
     accepts: list[int] = []
     certain = bool(np.isin(slots.accept, (0.0, 1.0)).all())
@@ -108,6 +113,7 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
         for n in np.flatnonzero(exactly[t]):
             after = min(t + n + 1, last)
             visit[after] += visit[t] * exactly[t, n]
+            emitted_from[t] += visit[t] * exactly[t, n] * (after - t)
             length = unclipped_length(int(n), bool(t + n == last), block_size)
             unclipped[t] += exactly[t, n] * length
             if certain:
@@ -129,6 +135,8 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
         wasted=float((visit[:last] * wasted_T).sum()),
         matched_all_anchors=float(matched_T.sum()),
         wasted_all_anchors=float(wasted_T.sum()),
+        visits=visit[:last],
+        emitted_from=emitted_from,
         round_lengths=tuple(lengths),
         round_accepted=tuple(accepts),
     )
@@ -179,27 +187,34 @@ def waste_by_anchor(match: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_decoded(
-    rounds: Sequence[Round], drafts: Sequence[Sequence[int]], response: Sequence[int]
+    rounds: Sequence[Round],
+    drafts: Sequence[Sequence[int]],
+    response: Sequence[int],
+    num_drafted: int | None = None,
 ) -> ResponseCounts:
     """Returns the same sums for a response that the real loop made.
 
     Args:
         rounds: In order.
-        drafts: N argmax draft tokens of each round: waste is theirs, whatever was verified.
+        drafts: Argmax draft tokens of each round (waste is theirs, whatever was verified); at most
+            N, fewer from a drafter that stops early.
         response: The response's token ids.
+        num_drafted: N; None for the length of the longest draft.
     """
     last = len(response) - 1
-    block = len(drafts[0]) if drafts else 0
+    block = max(map(len, drafts), default=0) if num_drafted is None else num_drafted
     accepted_at, reached_at = np.zeros(block), np.zeros(block)
+    visits, emitted_from = np.zeros(last), np.zeros(last)
     matched = wasted = drafted = 0
     t = 0
     for round_, draft in zip(rounds, drafts, strict=True):
-        room = min(block, last - t)
+        room = min(len(draft), last - t)
         match = np.array([draft[k] == response[t + 1 + k] for k in range(room)], dtype=bool)
         lost, right = waste_by_anchor(match[None])
         wasted, matched, drafted = wasted + lost[0], matched + right[0], drafted + room
         accepted_at[: round_.accepted] += 1
         reached_at[: min(round_.accepted + 1, room)] += 1
+        visits[t], emitted_from[t] = 1.0, round_.length
         t += round_.length
     return ResponseCounts(
         emitted=float(last),
@@ -212,6 +227,8 @@ def count_decoded(
         reached_at=reached_at,
         matched=float(matched),
         wasted=float(wasted),
+        visits=visits,
+        emitted_from=emitted_from,
         round_lengths=tuple(r.length for r in rounds),
         round_accepted=tuple(r.accepted for r in rounds),
     )

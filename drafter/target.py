@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from drafter.errors import UserError
@@ -260,7 +261,7 @@ class Target:
         seed: int = 0,
         prompt_ids: Sequence[int] | None = None,
         batch_size: int = 32,
-        progress: bool = False,
+        progress: bool | tqdm = False,
     ) -> list[Response]:
         """Returns the target's responses; see `drafter.generation.generate`."""
         for index, prompt in enumerate(prompts):

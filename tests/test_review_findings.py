@@ -13,7 +13,7 @@ from data.sampler import DraftLoader
 from drafter.config import DrafterConfig
 from drafter.errors import UserError
 from drafter.evaluation.measure import FEATURE_BATCH_TOKENS, FeatureStore
-from drafter.evaluation.report import without_nan
+from drafter.evaluation.results import without_nan
 from drafter.evaluation.trajectories import (
     EvalPrompt,
     Trajectory,
@@ -57,7 +57,8 @@ def test_the_targets_batches_for_replay_are_bounded_by_their_longest_row(tmp_pat
         return real(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(type(target), "features", spy)
-    seen = dict(FeatureStore().each(target, trajectories, (0, 2)))
+    batches = FeatureStore().each(target, trajectories, (0, 2))
+    seen = dict(pair for batch in batches for pair in batch)
     assert max(sizes) <= FEATURE_BATCH_TOKENS
     assert {i: states.shape[1] for i, states in seen.items()} == dict(enumerate(lengths))
 

@@ -5,7 +5,7 @@ Legend: S tokens of prompt and response, L tapped layers, D hidden size, N draft
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from drafter.decoding import (
     CachedDrafter,
     CachedTarget,
     Decoded,
+    DrafterEngine,
     Rule,
     decode_plainly,
     decode_speculatively,
@@ -25,6 +26,7 @@ from drafter.decoding import (
 from drafter.evaluation.trajectories import Trajectory, TrajectorySettings
 from drafter.metrics import AcceptanceByPosition, AcceptedLength, WasteRatio
 from drafter.model import Drafter
+from drafter.prompt_lookup import PromptLookup
 from drafter.replay import ResponseCounts, count_decoded, count_rounds, replay_slots, thin
 from drafter.sampling import GeneratorSource, keyed_uniforms
 from drafter.target import Target
@@ -66,7 +68,7 @@ FEATURE_BATCH_TOKENS = 4096
 
 @dataclass
 class FeatureStore:
-    """Target features of trajectories, kept between epochs up to a budget of bytes.
+    """Target features of trajectories, kept between drafters and epochs up to a budget of bytes.
 
     Args:
         budget_bytes: 0 keeps nothing beyond the batch in use.
@@ -74,36 +76,69 @@ class FeatureStore:
 
     budget_bytes: int = 0
     used: int = 0
-    _kept: dict[int, Tensor] = field(default_factory=dict)
+    _kept: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def each(
-        self, target: Target, trajectories: Sequence[Trajectory], layer_ids: tuple[int, ...]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yields (number, features (1, S, L*D)) of every trajectory, from memory where kept."""
-        waiting = [i for i in range(len(trajectories)) if i not in self._kept]
-        for index in sorted(self._kept):
-            yield index, self._kept[index]
-        # similar lengths together, or most of the work is padding; the longest first, so that it
-        # sets its batch's size
-        waiting.sort(key=lambda i: -trajectories[i].length)
-        while waiting:
-            size = max(1, FEATURE_BATCH_TOKENS // trajectories[waiting[0]].length)
-            batch, waiting = waiting[:size], waiting[size:]
-            rows = [trajectories[i].tokens for i in batch]
-            ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-            documents = torch.full_like(ids, PADDING_DOCUMENT)
-            for row, tokens in enumerate(rows):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                documents[row, : len(tokens)] = 0
-            found = target.features(ids.to(target.device), documents.to(target.device), layer_ids)
-            for row, index in enumerate(batch):
-                states = found.hidden_states[row : row + 1, : len(rows[row])]
-                size_bytes = states.numel() * states.element_size()
-                if self.used + size_bytes <= self.budget_bytes:
-                    self.used += size_bytes
-                    self._kept[index] = states.clone()  # a view would keep the whole batch
-                yield index, states
+        self,
+        target: Target,
+        trajectories: Sequence[Trajectory],
+        layer_ids: tuple[int, ...],
+        done: Collection[int] = (),
+    ) -> Iterator[list[tuple[int, Tensor]]]:
+        """Yields batches of (number, features (1, S, L*D)), from memory where kept.
+
+        Which trajectories are run together depends on the trajectories alone: what a batch gives
+        is the same to the bit whatever was `done` before.
+
+        Args:
+            target: That generated the trajectories.
+            trajectories: Of one or more sets.
+            layer_ids: Tapped layers.
+            done: Numbers not needed; a batch of nothing else does not run.
+        """
+        for batch in feature_batches(trajectories):
+            if all(index in done for index in batch):
+                continue
+            names = [(target.fingerprint, layer_ids, tuple(trajectories[i].tokens)) for i in batch]
+            if not all(name in self._kept for name in names):
+                states = self._run(target, [trajectories[i] for i in batch], layer_ids)
+                for name, own in zip(names, states, strict=True):
+                    size_bytes = own.numel() * own.element_size()
+                    if name not in self._kept and self.used + size_bytes <= self.budget_bytes:
+                        self.used += size_bytes
+                        self._kept[name] = own.clone()  # a view would keep the whole batch
+            else:
+                states = [self._kept[name] for name in names]
+            yield [(i, own) for i, own in zip(batch, states, strict=True) if i not in done]
+
+    @staticmethod
+    def _run(
+        target: Target, trajectories: Sequence[Trajectory], layer_ids: tuple[int, ...]
+    ) -> list[Tensor]:
+        rows = [trajectory.tokens for trajectory in trajectories]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        documents = torch.full_like(ids, PADDING_DOCUMENT)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            documents[row, : len(tokens)] = 0
+        found = target.features(ids.to(target.device), documents.to(target.device), layer_ids)
+        return [
+            found.hidden_states[row : row + 1, : len(tokens)] for row, tokens in enumerate(rows)
+        ]
+
+
+def feature_batches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """Returns which trajectories the target runs together, within FEATURE_BATCH_TOKENS."""
+    # similar lengths together, or most of the work is padding; the longest first, so that it sets
+    # its batch's size
+    waiting = sorted(range(len(trajectories)), key=lambda i: -trajectories[i].length)
+    batches = []
+    while waiting:
+        size = max(1, FEATURE_BATCH_TOKENS // trajectories[waiting[0]].length)
+        batches.append(waiting[:size])
+        waiting = waiting[size:]
+    return batches
 
 
 @dataclass(frozen=True)
@@ -117,7 +152,7 @@ class MeasuredResponse:
     """Rounds that really happened, or one draw of them: for histograms and samples."""
     ids: list[int]
     seconds: dict[str, float] = field(default_factory=dict)
-    plain_seconds: dict[str, float] = field(default_factory=dict)
+    """By phase of the real loop; see `Decoded`."""
 
 
 @torch.no_grad()
@@ -172,41 +207,89 @@ def decode_prompt(
     """Runs the real loop on one prompt, with random numbers keyed by (seed, prompt)."""
     target.check_length(len(prompt_ids), settings.max_new_tokens)
     engine = CachedTarget(target, drafter.config.target_layer_ids)
-    return decode_speculatively(
-        engine,
-        CachedDrafter(drafter, target, engine),
+    return run_loop(
+        engine, CachedDrafter(drafter, target, engine), target, prompt_ids, settings, key, rule
+    )
+
+
+@torch.no_grad()
+def decode_by_lookup(
+    target: Target,
+    prompt_ids: Sequence[int],
+    settings: TrajectorySettings,
+    block_size: int,
+    *,
+    key: int = 0,
+) -> Decoded:
+    """Runs the real loop with drafts copied from the context: the baseline without a model."""
+    engine = CachedTarget(target)
+    drafter = PromptLookup(engine, block_size, target.vocab_size, target.device)
+    return run_loop(engine, drafter, target, prompt_ids, settings, key)
+
+
+@torch.no_grad()
+def decode_alone(
+    target: Target, prompt_ids: Sequence[int], settings: TrajectorySettings, *, key: int = 0
+) -> Decoded:
+    """Runs the target alone on one prompt, a token a pass."""
+    return decode_plainly(
+        CachedTarget(target),
         prompt_ids,
         max_new_tokens=settings.max_new_tokens,
         eos_token_ids=target.eos_token_ids,
         sampling=settings.sampling,
-        source=_source(settings.seed, key),
-        rule=rule,
+        source=keyed_source(settings.seed, key),
     )
 
 
-def decode_trajectory(
-    drafter: Drafter,
+def run_loop(
+    engine: CachedTarget,
+    drafter: DrafterEngine,
     target: Target,
-    trajectory: Trajectory,
+    prompt_ids: Sequence[int],
     settings: TrajectorySettings,
-    *,
-    plain: bool = False,
+    key: int,
+    rule: Rule = "rejection",
+) -> Decoded:
+    """Decodes speculatively, and holds the loop to its own account: two independent counts agree.
+
+    Args:
+        engine: Fresh, of this prompt.
+        drafter: Likewise.
+        target: Whose EOS tokens end the response.
+        prompt_ids: At least one token.
+        settings: Limit, sampling and seed.
+        key: Of the prompt's random numbers.
+        rule: See `decode_speculatively`.
+    """
+    decoded = decode_speculatively(
+        engine,
+        drafter,
+        prompt_ids,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=target.eos_token_ids,
+        sampling=settings.sampling,
+        source=keyed_source(settings.seed, key),
+        rule=rule,
+    )
+    assert sum(decoded.round_lengths) == len(decoded.ids) - 1
+    assert len(decoded.rounds) == engine.passes - 1  # the first is prefill
+    return decoded
+
+
+def decode_trajectory(
+    drafter: Drafter, target: Target, trajectory: Trajectory, settings: TrajectorySettings
 ) -> MeasuredResponse:
-    """Measures by the real loop on the trajectory's prompt; `plain` times the target alone too."""
+    """Measures by the real loop on the trajectory's prompt."""
     prompt = trajectory.prompt
     decoded = decode_prompt(drafter, target, prompt.ids, settings, key=prompt.key)
-    plain_seconds: dict[str, float] = {}
-    if plain:
-        plain_seconds = decode_plainly(
-            CachedTarget(target),
-            prompt.ids,
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_ids=target.eos_token_ids,
-            sampling=settings.sampling,
-            source=_source(settings.seed, prompt.key),
-        ).seconds
-    counts = count_decoded(decoded.rounds, decoded.drafts, decoded.ids)
-    return MeasuredResponse(trajectory, counts, counts, decoded.ids, decoded.seconds, plain_seconds)
+    return measured(trajectory, decoded, drafter.config.num_drafted)
+
+
+def measured(trajectory: Trajectory, decoded: Decoded, num_drafted: int) -> MeasuredResponse:
+    """Returns what the real loop did on a trajectory's prompt, counted."""
+    counts = count_decoded(decoded.rounds, decoded.drafts, decoded.ids, num_drafted)
+    return MeasuredResponse(trajectory, counts, counts, decoded.ids, decoded.seconds)
 
 
 def measure(
@@ -218,9 +301,8 @@ def measure(
     mode: str = "replay",
     features: FeatureStore | None = None,
     anchors_per_chunk: int = 128,
-    plain: bool = False,
     progress: bool = False,
-) -> Iterable[MeasuredResponse]:
+) -> Iterator[MeasuredResponse]:
     """Yields every trajectory's rounds; in replay, not always in the order given.
 
     Args:
@@ -231,7 +313,6 @@ def measure(
         mode: `replay` or `decode`.
         features: Kept between calls, in replay.
         anchors_per_chunk: Blocks at once, in replay.
-        plain: Time the target alone too, in decode.
         progress: Show a bar.
     """
     assert mode in ("replay", "decode")
@@ -239,22 +320,24 @@ def measure(
     with tqdm(total=len(trajectories), desc=title, disable=not progress, leave=False) as bar:
         if mode == "decode":
             for trajectory in trajectories:
-                yield decode_trajectory(drafter, target, trajectory, settings, plain=plain)
+                yield decode_trajectory(drafter, target, trajectory, settings)
                 bar.update()
             return
         store = features or FeatureStore()
-        for index, states in store.each(target, trajectories, drafter.config.target_layer_ids):
-            yield replay_trajectory(
-                drafter,
-                target,
-                trajectories[index],
-                settings,
-                states,
-                anchors_per_chunk=anchors_per_chunk,
-            )
-            bar.update()
+        for batch in store.each(target, trajectories, drafter.config.target_layer_ids):
+            for index, states in batch:
+                yield replay_trajectory(
+                    drafter,
+                    target,
+                    trajectories[index],
+                    settings,
+                    states,
+                    anchors_per_chunk=anchors_per_chunk,
+                )
+                bar.update()
 
 
-def _source(seed: int, key: int) -> GeneratorSource:
+def keyed_source(seed: int, key: int) -> GeneratorSource:
+    """Returns the random decisions of the real loop on one prompt."""
     begin = int(keyed_uniforms(seed, key, 1, STREAM_DECODE)[0] * 2**53)
     return GeneratorSource(torch.Generator().manual_seed(begin))

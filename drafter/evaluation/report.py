@@ -1,262 +1,414 @@
-"""Figures of one or more drafters on the same trajectories, as a dict and as a table."""
+"""Measures drafters side by side on the same prompts, and says so as a dict and as tables."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-import torch
-
-from drafter.config import DrafterConfig
 from drafter.errors import UserError
-from drafter.evaluation.measure import DrafterMetrics, measure
+from drafter.evaluation.audit import Auditor, Divergence
+from drafter.evaluation.loading import LoadedDrafter, check_fits
+from drafter.evaluation.measure import FeatureStore
+from drafter.evaluation.measured_sets import PROMPT_LOOKUP, Bench, Measured
+from drafter.evaluation.results import AVERAGE, FORMAT, names_of, summarise
 from drafter.evaluation.trajectories import (
     EvalPrompt,
+    Skipped,
     Trajectory,
     TrajectorySettings,
-    generate_trajectories,
+    generate_conversations,
 )
-from drafter.model import Drafter
 from drafter.target import Target
 
-FORMAT = 1
-AVERAGE = "average"
-AVERAGED = (
-    "accepted_length",
-    "accepted_length_per_response",
-    "accepted_length_unclipped",
-    "accepted_per_round",
-    "drafted_per_round",
-    "waste_ratio",
-)
-PHASES = ("prefill", "draft", "verify", "bookkeeping")
+Mode = Literal["replay", "decode", "both"]
+
+
+class FollowUps(Protocol):
+    """What makes the next turns of a conversation (data.prompt_sets.FollowUps)."""
+
+    skipped: list[Skipped]
+
+    def has_next(self, prompt: EvalPrompt) -> bool:
+        """Returns whether the user says more after this prompt's reply."""
+        ...
+
+    def __call__(self, trajectory: Trajectory) -> EvalPrompt | None:
+        """Returns the next turn's prompt, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """How drafters are measured.
+
+    Args:
+        trajectories: Limit, sampling and seed.
+        mode: `replay`, `decode` (the real loop, timed), or `both`, which also holds them together.
+        audit: Decode greedily with and without each drafter, and explain every divergence.
+        batch_size: Prompts answered together.
+        folder: Where trajectories and measurements are kept; None keeps nothing.
+        fresh: Measure again what is kept.
+        feature_budget_gb: Target features kept between drafters, in GB.
+        progress: Show bars.
+    """
+
+    trajectories: TrajectorySettings
+    mode: Mode = "replay"
+    audit: bool = False
+    batch_size: int = 32
+    folder: Path | None = None
+    fresh: bool = False
+    feature_budget_gb: float = 4.0
+    progress: bool = True
+
+    @property
+    def replays(self) -> bool:
+        """Whether rounds are read off trajectories."""
+        return self.mode in ("replay", "both")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the real loop runs."""
+        return self.mode in ("decode", "both") or self.audit
 
 
 @dataclass
-class LoadedDrafter:
-    """A drafter and what its file says of its target."""
+class Prepared:
+    """Prompts of all turns, and the trajectories that belong to them."""
 
-    name: str
-    drafter: Drafter
-    target_path: str | None = None
-    target_gguf_file: str | None = None
-    target_fingerprint: str | None = None
-    target_dtype: str = "auto"
-
-
-def load_drafter(path: str) -> LoadedDrafter:
-    """Returns the drafter in a checkpoint, a run folder or a published drafter's folder.
-
-    Args:
-        path: A Lightning .ckpt; a run folder (its best checkpoint, or else its last); or a folder
-            with config.json and model.safetensors.
-
-    Raises:
-        UserError: None of these, or the weights don't fit the config; names the tensors.
-    """
-    where = Path(path)
-    if where.is_dir() and (where / "checkpoints").is_dir():
-        found = [where / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-        where = next((file for file in found if file.is_file()), found[0])
-    if where.is_dir() and (where / "config.json").is_file():
-        return LoadedDrafter(where.name, Drafter.from_pretrained(where).eval())
-    if not where.is_file():
-        raise UserError(f"{path}: no checkpoint, run folder or drafter folder is there.")
-    try:
-        checkpoint = torch.load(where, map_location="cpu", weights_only=True)
-        config = DrafterConfig.from_dict(checkpoint["drafter_config"])
-        prefix = "drafter."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items()}
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where} is not a checkpoint of a drafter: {reason}") from error
-    drafter = Drafter(config)
-    missing, unexpected = drafter.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise UserError(f"{where}: missing tensors {missing}, unexpected tensors {unexpected}.")
-    target = checkpoint.get("target", {})
-    return LoadedDrafter(
-        path,
-        drafter.eval(),
-        target.get("path"),
-        target.get("gguf_file"),
-        target.get("fingerprint"),
-        target.get("dtype", "auto"),
-    )
+    prompts: list[EvalPrompt]
+    trajectories: list[Trajectory]
+    seconds: float = 0.0
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 def report(
     drafters: Sequence[LoadedDrafter],
     target: Target,
     prompts: Sequence[EvalPrompt],
-    settings: TrajectorySettings,
-    *,
-    mode: str = "replay",
-    folder: Path | None = None,
-    batch_size: int = 32,
-    progress: bool = True,
+    follow_up: FollowUps,
+    settings: ReportSettings,
 ) -> dict[str, Any]:
-    """Returns every drafter's figures on every prompt set and on their average.
+    """Returns every drafter's responses and figures on every prompt set and on their average.
 
     Args:
-        drafters: Measured on the same trajectories.
+        drafters: Measured on the same trajectories; those that don't fit the target are left out.
         target: Of all of them.
-        prompts: Of one or more sets.
-        settings: Of the trajectories.
-        mode: `replay` or `decode`; the latter also times decoding with and without the drafter.
-        folder: Where trajectories are kept.
-        batch_size: Prompts generated together.
-        progress: Show bars.
+        prompts: First turns, of one or more sets.
+        follow_up: Makes the next turns.
+        settings: How.
 
     Raises:
-        UserError: A drafter belongs to a target of another shape.
+        UserError: No drafter fits the target, or an audit at a temperature.
+    """
+    if settings.audit and not settings.trajectories.sampling.greedy:
+        raise UserError("--audit compares greedy texts; leave --temperature at 0.")
+    fitting, misfits = sort_by_fit(drafters, target)
+    prepared = prepare(target, prompts, follow_up, settings)
+    measuring = settings.folder and settings.folder / "measured"
+    bench = Bench(
+        target,
+        settings.trajectories,
+        measuring,
+        settings.fresh,
+        settings.progress,
+        features=FeatureStore(int(settings.feature_budget_gb * 1e9)),
+    )
+    found: dict[str, dict[str, Measured]] = {}
+    if settings.replays:
+        for loaded in fitting:
+            found.setdefault(loaded.name, {})["replay"] = bench.replay(
+                loaded, prepared.trajectories
+            )
+    if settings.decodes:
+        for name, measured in bench.decode(fitting, prepared.prompts).items():
+            found.setdefault(name, {})["decode"] = measured
+    result = {
+        "format": FORMAT,
+        "mode": settings.mode,
+        "settings": asdict(settings.trajectories),
+        "batch_size": settings.batch_size,
+        "target": {"path": target.path, "fingerprint": target.fingerprint},
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "trajectories": {
+            "responses": len(prepared.trajectories),
+            "tokens": sum(len(trajectory.ids) for trajectory in prepared.trajectories),
+            "seconds": prepared.seconds,
+        },
+        "skipped": [asdict(entry) for entry in prepared.skipped],
+        "misfits": misfits,
+        "drafters": [
+            _drafter_entry(name, modes, {loaded.name: loaded for loaded in fitting})
+            for name, modes in found.items()
+        ],
+    }
+    if settings.decodes and settings.trajectories.sampling.greedy:
+        result |= _hold_together(bench, fitting, prepared, found, settings)
+    return summarise(result)
+
+
+def prepare(
+    target: Target,
+    prompts: Sequence[EvalPrompt],
+    follow_up: FollowUps,
+    settings: ReportSettings,
+) -> Prepared:
+    """Returns the prompts of all turns with the target's responses, generated where needed.
+
+    Without replay, only responses that stand in a next turn's context are generated.
     """
     begun = time.perf_counter()
-    if mode == "decode":  # the loop writes its own responses
-        trajectories = [Trajectory(prompt, [], [], False) for prompt in prompts]
-    else:
-        trajectories = generate_trajectories(
-            target, prompts, settings, folder=folder, batch_size=batch_size, progress=progress
+    asked, trajectories = generate_conversations(
+        target,
+        prompts,
+        settings.trajectories,
+        follow_up,
+        wanted=lambda prompt: settings.replays or follow_up.has_next(prompt),
+        folder=settings.folder and settings.folder / "trajectories",
+        batch_size=settings.batch_size,
+        progress=settings.progress,
+    )
+    seconds = time.perf_counter() - begun
+    tokens = sum(len(trajectory.ids) for trajectory in trajectories)
+    if trajectories:
+        print(
+            f"trajectories: {len(trajectories)} responses, {tokens} tokens in {seconds:.1f} s",
+            flush=True,
         )
-    generated = time.perf_counter() - begun
-    results = []
+    return Prepared(asked, trajectories, seconds, list(follow_up.skipped))
+
+
+def sort_by_fit(
+    drafters: Sequence[LoadedDrafter], target: Target
+) -> tuple[list[LoadedDrafter], list[str]]:
+    """Returns the drafters that fit the target, under names of their own, and why others do not.
+
+    Raises:
+        UserError: None fits.
+    """
+    fitting: list[LoadedDrafter] = []
+    misfits: list[str] = []
     for loaded in drafters:
-        check_fits(loaded, target)
-        drafter = loaded.drafter.to(device=target.device, dtype=target.dtype)
-        results.append(
-            _measure_one(loaded, drafter, target, trajectories, settings, mode, progress)
-        )
-    return {
-        "format": FORMAT,
-        "mode": mode,
-        "settings": asdict(settings),
-        "target": {"path": target.path, "fingerprint": target.fingerprint},
-        "dtype": str(target.dtype),
-        "device": str(target.device),
-        "seconds_generating_trajectories": generated,
-        "drafters": results,
-    }
+        try:
+            check_fits(loaded, target)
+        except UserError as error:
+            misfits.append(str(error))
+            continue
+        fitting.append(loaded)
+    if not fitting:
+        raise UserError(misfits[0] if misfits else "there is no drafter to measure.")
+    names = short_names([loaded.name for loaded in fitting])
+    return [replace(one, name=name) for one, name in zip(fitting, names, strict=True)], misfits
 
 
-def check_fits(loaded: LoadedDrafter, target: Target) -> None:
-    """Raises UserError for a target of another shape; warns of another target of the same."""
-    config = loaded.drafter.config
-    if (config.hidden_size, config.num_target_layers) != (target.hidden_size, target.num_layers):
-        raise UserError(
-            f"{loaded.name} was made for a target of hidden size {config.hidden_size} and "
-            f"{config.num_target_layers} layers; {target.path} has {target.hidden_size} and "
-            f"{target.num_layers}."
-        )
-    if loaded.target_fingerprint not in (None, target.fingerprint):
-        print(f"warning: {loaded.name} was trained with other weights than {target.path} holds")
+def short_names(names: Sequence[str]) -> list[str]:
+    """Returns the fewest last parts of paths that still tell them apart.
+
+    Example:
+        >>> short_names(["runs/a/checkpoints/best.ckpt", "runs/b"])
+        ['a/best', 'b']
+        >>> short_names(["old/x", "new/x", "new/x"])
+        ['old/x', 'new/x', 'new/x (2)']
+    """
+    parts = [
+        [
+            part
+            for part in Path(name.removesuffix(".ckpt")).parts
+            if part not in ("/", "checkpoints")
+        ]
+        for name in names
+    ]
+    least = [2 if name.endswith(".ckpt") else 1 for name in names]
+    for more in range(max(map(len, parts), default=0) + 1):
+        short = ["/".join(own[-(few + more) :]) for own, few in zip(parts, least, strict=True)]
+        if len(set(short)) == len(set(names)):
+            break
+    return [
+        name if short[:place].count(name) == 0 else f"{name} ({short[:place].count(name) + 1})"
+        for place, name in enumerate(short)
+    ]
 
 
-def _measure_one(
-    loaded: LoadedDrafter,
-    drafter: Drafter,
-    target: Target,
-    trajectories: Sequence[Trajectory],
-    settings: TrajectorySettings,
-    mode: str,
-    progress: bool,
+def _drafter_entry(
+    name: str, modes: dict[str, Measured], loaded: dict[str, LoadedDrafter]
 ) -> dict[str, Any]:
-    metrics: dict[str, DrafterMetrics] = {}
-    seconds: dict[str, dict[str, float]] = {}
-    decoding = mode == "decode"
-    if decoding:  # both loops once, untimed: the first passes on a device are slow
-        warm_up = replace(settings, max_new_tokens=min(8, settings.max_new_tokens))
-        list(measure(drafter, target, trajectories[:1], warm_up, mode=mode, plain=True))
-    begun = time.perf_counter()
-    for response in measure(
-        drafter, target, trajectories, settings, mode=mode, plain=decoding, progress=progress
-    ):
-        name = response.trajectory.prompt.set_name
-        if name not in metrics:
-            metrics[name] = DrafterMetrics(drafter.config.num_drafted)
-        metrics[name].update(response.counts)
-        times = seconds.setdefault(name, {"tokens": 0.0, "speculative": 0.0, "plain": 0.0})
-        times["tokens"] += len(response.ids)
-        times["speculative"] += sum(response.seconds.values())
-        times["plain"] += sum(response.plain_seconds.values())
-        for phase, value in response.seconds.items():
-            times[phase] = times.get(phase, 0.0) + value
-    sets = {name: metric.compute() for name, metric in metrics.items()}
-    if decoding:
-        for name, figures in sets.items():
-            figures |= _speeds(seconds[name])
-    average = {key: _mean(figures[key] for figures in sets.values()) for key in AVERAGED}
-    if decoding:
-        average["speedup"] = _mean(figures["speedup"] for figures in sets.values())
+    drafter = loaded.get(name)
+    entry: dict[str, Any] = {
+        "name": name,
+        "path": drafter.path if drafter else None,
+        "fingerprint": drafter.fingerprint if drafter else PROMPT_LOOKUP,
+        "block_size": drafter.drafter.config.block_size if drafter else None,
+        "responses": {},
+        "samples": [],
+        "seconds": {},
+    }
+    for mode, measured in modes.items():
+        rows = sorted(measured.tallies, key=lambda tally: tally.place)
+        entry["responses"][mode] = [tally.to_json() for tally in rows]
+        entry["samples"] += [{**asdict(sample), "mode": mode} for sample in measured.samples]
+        entry["seconds"][mode] = measured.new_seconds
+    return entry
+
+
+def _hold_together(
+    bench: Bench,
+    drafters: Sequence[LoadedDrafter],
+    prepared: Prepared,
+    found: dict[str, dict[str, Measured]],
+    settings: ReportSettings,
+) -> dict[str, Any]:
+    """Compares greedy paths: the loop with the target alone (audit), and with replay."""
+    out: dict[str, Any] = {}
+    places = {(p.set_name, p.prompt_id, p.turn): p for p in prepared.prompts}
+    trajectories = {
+        (t.prompt.set_name, t.prompt.prompt_id, t.prompt.turn): t for t in prepared.trajectories
+    }
+    for loaded in drafters:
+        model = loaded.drafter.to(device=bench.target.device, dtype=bench.target.dtype)
+        auditor = Auditor(bench.target, model, settings.trajectories)
+        decoded = found[loaded.name]["decode"]
+        if settings.audit:
+            texts = [
+                auditor.compare_texts(places[place], ids, decoded.plain_ids[place])
+                for place, ids in decoded.ids.items()
+            ]
+            out.setdefault("audit", []).append(_verdicts(loaded.name, texts))
+        if settings.replays:
+            replayed = {t.place: t for t in found[loaded.name]["replay"].tallies}
+            rounds = [
+                auditor.compare_rounds(
+                    trajectories[tally.place],
+                    decoded.ids[tally.place],
+                    tally.round_lengths,
+                    replayed[tally.place].round_lengths,
+                )
+                for tally in decoded.tallies
+            ]
+            out.setdefault("agreement", []).append(_verdicts(loaded.name, rounds))
+    return out
+
+
+def _verdicts(name: str, divergences: Sequence[Divergence | None]) -> dict[str, Any]:
+    parted = [divergence for divergence in divergences if divergence is not None]
     return {
-        "name": loaded.name,
-        "block_size": drafter.config.block_size,
-        "seconds_measuring": time.perf_counter() - begun,
-        "sets": sets,
-        AVERAGE: average,
+        "drafter": name,
+        "responses": len(divergences),
+        "identical": len(divergences) - len(parted),
+        "explained": sum(divergence.explained for divergence in parted),
+        "unexplained": sum(not divergence.explained for divergence in parted),
+        "divergences": [asdict(divergence) for divergence in parted],
     }
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Returns the mean of the finite values; nan if there is none."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
-def without_nan(value: Any) -> Any:
-    """Returns a JSON-like value with null for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _speeds(times: dict[str, float]) -> dict[str, float]:
-    speculative = times["tokens"] / max(times["speculative"], 1e-9)
-    plain = times["tokens"] / max(times["plain"], 1e-9)
-    out = {
-        "tokens_per_second": speculative,
-        "tokens_per_second_plain": plain,
-        "speedup": speculative / plain,
-    }
-    return out | {f"seconds_{phase}": times.get(phase, 0.0) for phase in PHASES}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the report as aligned text, one row for each drafter and set."""
-    decoding = result["mode"] == "decode"
-    head = ["drafter", "set", "accepted length", "per response", "unclipped", "waste", "responses"]
-    head += ["tokens/s", "plain", "ratio"] if decoding else []
-    rows = [head]
+    """Returns the report as aligned text, one row for each drafter and set, by mode."""
+    parts = []
+    for mode in ("replay", "decode"):
+        names = [*names_of(result, mode), AVERAGE]
+        if len(names) == 1:
+            continue
+        head = ["drafter", "set", "accepted length", "95 %", "per response", "unclipped", "waste"]
+        head += ["tokens/s", "plain", "ratio"] if mode == "decode" else []
+        head += ["responses"]
+        rows = [head]
+        for drafter in result["drafters"]:
+            figures = drafter.get("figures", {}).get(mode)
+            if figures is None:
+                continue
+            for name in names:
+                own = figures[AVERAGE] if name == AVERAGE else figures["sets"].get(name)
+                if own:
+                    rows.append([drafter["name"], name, *_cells(own, mode)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        parts.append("\n".join([f"-- {mode}", *lines]))
+    return "\n\n".join([*parts, "\n".join(_sentences(result))])
+
+
+def _cells(figures: dict[str, Any], mode: str) -> list[str]:
+    length = figures["accepted_length"]
+    cells = [
+        number(length["value"]),
+        f"{number(length['low'])}-{number(length['high'])}",
+        number(figures["accepted_length_per_response"]["value"]),
+        number(figures["accepted_length_unclipped"]["value"]),
+        number(figures["waste_ratio"]["value"]),
+    ]
+    if mode == "decode":
+        cells += [
+            number(figures[name]["value"], places) if name in figures else ""
+            for name, places in (
+                ("tokens_per_second", 1),
+                ("tokens_per_second_plain", 1),
+                ("speedup", 2),
+            )
+        ]
+    return [*cells, f"{figures['responses']}"]
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    """Returns what the tables do not say, a line each."""
+    lines = []
+    for row in result["comparisons"]:
+        if row["figure"] == "accepted_length" and row["set"] == AVERAGE:
+            found = row["difference"]
+            lines.append(
+                f"{row['mode']}: {row['a']} against {row['b']}, average accepted length: "
+                f"{found['value']:+.3f} ({number(found['low'])} to {number(found['high'])}): "
+                f"{row['verdict']}"
+            )
+    for key, what in (
+        ("audit", "speculative and plain text"),
+        ("agreement", "the loop's and replay's rounds"),
+    ):
+        for found in result.get(key, []):
+            lines.append(
+                f"{found['drafter']}: {what} are the same in {found['identical']} of "
+                f"{found['responses']} responses; of the others {found['explained']} are explained "
+                f"by rounding, {found['unexplained']} are not"
+            )
+    cost = replay_cost(result)
+    if cost:
+        lines.append(cost)
+    return lines
+
+
+def replay_cost(result: dict[str, Any]) -> str:
+    """Returns how replay's seconds per emitted token compare with the loop's; "" without both."""
     for drafter in result["drafters"]:
-        named = [*drafter["sets"].items(), (AVERAGE, drafter[AVERAGE])]
-        for name, figures in named:
-            row = [drafter["name"], name]
-            row += [
-                f"{figures[key]:.3f}"
-                for key in (
-                    "accepted_length",
-                    "accepted_length_per_response",
-                    "accepted_length_unclipped",
-                )
-            ]
-            waste = figures["waste_ratio"]
-            row.append(f"{waste:.3f}" if math.isfinite(waste) else "-")
-            row.append(f"{figures['responses']:.0f}" if name != AVERAGE else "")
-            if decoding:
-                for key in ("tokens_per_second", "tokens_per_second_plain"):
-                    row.append(f"{figures[key]:.1f}" if key in figures else "")
-                row.append(f"{figures['speedup']:.2f}")
-            rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        modes = drafter["responses"]
+        if not (modes.get("replay") and modes.get("decode")):
+            continue
+        replay = sum(row["seconds"]["replay"] for row in modes["replay"])
+        replay /= sum(row["response_tokens"] for row in modes["replay"])
+        loop = sum(
+            value
+            for row in modes["decode"]
+            for phase, value in row["seconds"].items()
+            if phase != "plain"
+        ) / sum(row["response_tokens"] for row in modes["decode"])
+        return (
+            f"replay takes {1e3 * replay:.3f} ms per emitted token, the loop {1e3 * loop:.2f} ms: "
+            f"one {loop / replay:.0f}th"
         )
-        for row in rows
-    )
+    return ""
+
+
+def number(value: float | None, places: int = 3) -> str:
+    """Returns a figure as text; "-" for none.
+
+    Example:
+        >>> number(1.23456), number(None), number(float("nan"), 1)
+        ('1.235', '-', '-')
+    """
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{places}f}"

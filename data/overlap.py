@@ -1,0 +1,124 @@
+"""Whether prompts that a drafter is measured on were among what it was trained on.
+
+Runs of 13 words (lower case, punctuation aside) are compared, as is usual for language models. Runs
+that many prompts of a set share are its instructions, not its questions, and do not count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from data.formats import Tokens, parse
+from data.prompt_sets import Prompt
+from data.sources import Source
+from drafter.errors import UserError
+
+RUN_WORDS = 13
+LEAST_WORDS = 5
+"""Shorter prompts say nothing that training rows do not happen to say."""
+BOILERPLATE_SHARE = 0.2
+"""Runs in more than this share of a set's prompts (and in more than two) are its instructions."""
+_WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """One set's overlap with training rows.
+
+    Attributes:
+        prompts: prompts of the set.
+        whole: those of them all of whose runs occur in training rows.
+        shared: those that share at least one run with a training row.
+    """
+
+    prompts: int
+    whole: int
+    shared: int
+
+
+def word_runs(text: str, length: int = RUN_WORDS) -> set[tuple[str, ...]]:
+    """Returns the runs of `length` words in a text; a shorter text whole, unless tiny.
+
+    Example:
+        >>> sorted(word_runs("The cat sat. The cat!", length=3))
+        [('cat', 'sat', 'the'), ('sat', 'the', 'cat'), ('the', 'cat', 'sat')]
+    """
+    words = _WORD.findall(text.lower())
+    if len(words) <= length:
+        return {tuple(words)} if len(words) >= LEAST_WORDS else set()
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def find_overlap(prompts: Sequence[Prompt], training_texts: Iterable[str]) -> dict[str, Overlap]:
+    """Returns each prompt set's overlap with the training texts.
+
+    Args:
+        prompts: of any sets; what the user says in their turns is compared.
+        training_texts: whole training rows as text.
+    """
+    sets: dict[str, list[set[tuple[str, ...]]]] = {}
+    for prompt in prompts:
+        texts = prompt.turns or (prompt.text,)
+        runs = set().union(*(word_runs(text) for text in texts))
+        sets.setdefault(prompt.set_name, []).append(runs)
+    for name, found in sets.items():
+        often = Counter(run for runs in found for run in runs)
+        most = max(2, int(BOILERPLATE_SHARE * len(found)))
+        sets[name] = [{run for run in runs if often[run] <= most} for runs in found]
+    wanted = {run for found in sets.values() for runs in found for run in runs}
+    lengths = {len(run) for run in wanted}
+    seen: set[tuple[str, ...]] = set()
+    for text in training_texts:
+        words = _WORD.findall(text.lower())
+        for length in lengths:
+            for start in range(len(words) - length + 1):
+                run = tuple(words[start : start + length])
+                if run in wanted:
+                    seen.add(run)
+    return {
+        name: Overlap(
+            len(found),
+            sum(bool(runs) and runs <= seen for runs in found),
+            sum(bool(runs & seen) for runs in found),
+        )
+        for name, found in sets.items()
+    }
+
+
+def training_texts(
+    source: str | Sequence[str],
+    tokenizer: Any,
+    *,
+    skip: int = 0,
+    limit: int | None = None,
+    split: str = "train",
+) -> Iterator[str]:
+    """Yields every training row as text; rows that can't be read are left out, as in training.
+
+    Args:
+        source: files or a hub id, as the run's `data.train_data`.
+        tokenizer: decodes rows that are tokenised already.
+        skip: rows held out at the start.
+        limit: rows read in all, those skipped included.
+        split: of a hub data set.
+    """
+    for row in Source(source, split=split).rows(skip):
+        if limit is not None and row.index >= limit:
+            return
+        try:
+            said = parse(row)
+        except UserError:
+            continue
+        if isinstance(said, Tokens):
+            yield tokenizer.decode([*said.prompt_ids, *said.response_ids])
+        else:
+            yield "\n".join(str(message.get("content", "")) for message in said.messages)
+
+
+def as_plain(overlap: dict[str, Overlap]) -> dict[str, dict[str, int]]:
+    """Returns the result as plain values."""
+    return {name: asdict(found) for name, found in overlap.items()}

@@ -1,0 +1,61 @@
+"""Targets and kept features that the runs of one process have in common.
+
+A single run has its own. Inside `shared_between_runs`, where an ablation trains row after row, the
+target is loaded once and the features of the same rows are computed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from drafter.target import Target
+
+KeptFeatures = dict[Hashable, tuple[Tensor, Tensor | None]]
+"""(row set, layer ids, with last_hidden, sample id) -> hidden_states (S, L*D), last_hidden."""
+
+
+@dataclass
+class _Shared:
+    targets: dict[Hashable, Target] = field(default_factory=dict)
+    features: dict[Hashable, KeptFeatures] = field(default_factory=dict)
+
+
+_shared: _Shared | None = None
+
+
+@contextlib.contextmanager
+def shared_between_runs() -> Iterator[None]:
+    """Runs inside share targets and kept features; both are let go at the end."""
+    global _shared
+    before, _shared = _shared, _Shared()
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def load_target(path: str, *, device: Any, **options: Any) -> Target:
+    """Returns `Target.load`'s target, or the one that an earlier run has loaded the same way."""
+    if _shared is None:
+        return Target.load(path, device=device, **options)
+    key = (path, str(device).removesuffix(":0"), *sorted(options.items()))
+    if key not in _shared.targets:
+        _shared.targets[key] = Target.load(path, device=device, **options)
+    return _shared.targets[key]
+
+
+def shared_features(target: Target, rows: Hashable) -> KeptFeatures | None:
+    """Returns the features that runs on the same target and rows keep; None outside.
+
+    Args:
+        target: That gives them.
+        rows: Decides which tokens a sample id stands for.
+    """
+    if _shared is None:
+        return None
+    return _shared.features.setdefault((target.fingerprint, target.dtype, rows), {})

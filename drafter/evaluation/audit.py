@@ -1,0 +1,292 @@
+"""Explains every place where two exact paths disagree, or says that it can't.
+
+In bf16 a pass over K tokens and a pass over one round differently, so greedy texts may part at a
+near tie. A divergence is explained iff, at the common prefix in higher precision, the gap between
+the two tokens is at most twice the largest rounding error of their logits in either pass. Anything
+else is a bug.
+
+Legend: N drafted slots, V vocabulary.
+Source: method.md, Exact verification.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from drafter.blocks import block_input_ids
+from drafter.decoding import CachedDrafter, CachedTarget, DrafterEngine
+from drafter.evaluation.measure import run_loop
+from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySettings
+from drafter.model import Drafter
+from drafter.target import Target
+from drafter.target_loading import Loaded
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two paths part, and whether rounding explains it.
+
+    Attributes:
+        set_name: Of the prompt.
+        prompt_id: Likewise.
+        turn: Likewise.
+        what: `text` (speculative against plain), or `replay text` and `replay draft` (the loop
+            against replay: the target's tokens, or the drafter's).
+        position: Response token at which they part.
+        tokens: The two tokens.
+        gap: Difference of their logits in higher precision.
+        bound: Twice the largest rounding error of the two logits in either pass.
+        explained: Whether gap <= bound.
+    """
+
+    set_name: str
+    prompt_id: int
+    turn: int
+    what: str
+    position: int
+    tokens: tuple[int, int]
+    gap: float
+    bound: float
+    explained: bool
+
+
+def explain(
+    tokens: tuple[int, int], passes: Sequence[Tensor], reference_V: Tensor
+) -> tuple[float, float, bool]:
+    """Returns (gap, bound, explained) of two tokens that two passes chose between.
+
+    Args:
+        tokens: The two.
+        passes: Logits (V,) of either pass, at its own precision.
+        reference_V: Logits of the same prefix in higher precision.
+
+    Example:
+        >>> explain((0, 1), [torch.tensor([1.0, 1.1]), torch.tensor([1.1, 1.0])],
+        ...         torch.tensor([1.0, 1.0]))[2]
+        True
+    """
+    pair = torch.tensor(tokens)
+    reference = reference_V.double().cpu()[pair]
+    error = max(float((p.double().cpu()[pair] - reference).abs().max()) for p in passes)
+    gap = float((reference[0] - reference[1]).abs())
+    return gap, 2 * error, gap <= 2 * error
+
+
+class _TappedTarget(CachedTarget):
+    """Keeps the logits that the token at an absolute position was last chosen from."""
+
+    def __init__(self, target: Target, layer_ids: Sequence[int], position: int) -> None:
+        super().__init__(target, layer_ids)
+        self._position = position
+        self.logits_V: Tensor | None = None
+
+    def prefill(self, prompt_ids: Sequence[int]) -> Tensor:
+        logits_V = super().prefill(prompt_ids)
+        if len(prompt_ids) == self._position:
+            self.logits_V = logits_V
+        return logits_V
+
+    def verify(self, block_ids: Sequence[int]) -> Tensor:
+        row = self._position - len(self.committed) - 1
+        logits = super().verify(block_ids)
+        if 0 <= row < len(logits):
+            self.logits_V = logits[row]
+        return logits
+
+
+class _TappedDrafter(CachedDrafter):
+    """Keeps the logits of the newest draft."""
+
+    logits_NV: Tensor | None = None
+
+    def draft(self, anchor_id: int) -> Tensor:
+        self.logits_NV = super().draft(anchor_id)
+        return self.logits_NV
+
+
+class _NoDrafts:
+    """Drafts nothing, so that the loop is plain decoding."""
+
+    block_size = 1
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def draft(self, anchor_id: int) -> Tensor:
+        return torch.empty(0, self._target.vocab_size, device=self._target.device)
+
+
+class Auditor:
+    """Compares paths of one target and drafter; greedy only.
+
+    Args:
+        target: Frozen, at the dtype under audit.
+        drafter: Unwrapped, likewise.
+        settings: Of decoding.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, settings: TrajectorySettings) -> None:
+        assert settings.sampling.greedy
+        self.target = target
+        self.drafter = drafter
+        self.settings = settings
+
+    @cached_property
+    def _reference(self) -> tuple[Target, Drafter]:
+        """Both models in the next higher precision; made only when something is to be explained."""
+        higher = torch.float64 if self.target.dtype == torch.float32 else torch.float32
+        model = copy.deepcopy(self.target.model).to(higher)
+        loaded = Loaded(model, self.target.tokenizer)
+        target = Target(loaded, self.target.path, self.target.gguf_file)
+        return target, copy.deepcopy(self.drafter).to(higher)
+
+    def compare_texts(
+        self, prompt: EvalPrompt, speculative: Sequence[int], plain: Sequence[int]
+    ) -> Divergence | None:
+        """Returns where the speculative text leaves the target's own; None if it never does."""
+        position = first_difference(speculative, plain)
+        if position is None:
+            return None
+        tokens = _pair(speculative, plain, position)
+        passes = [
+            self._target_logits(prompt, position, speculating=True),
+            self._target_logits(prompt, position, speculating=False),
+        ]
+        reference_V = self._teacher_forced(self._reference[0], prompt, plain[:position])
+        return self._divergence(prompt, "text", position, tokens, passes, reference_V)
+
+    def compare_rounds(
+        self,
+        trajectory: Trajectory,
+        ids: Sequence[int],
+        lengths: Sequence[int],
+        replayed: Sequence[int],
+    ) -> Divergence | None:
+        """Returns where the real loop leaves replay; None if every round is the same.
+
+        Args:
+            trajectory: What was replayed.
+            ids: Response of the real loop.
+            lengths: Its rounds.
+            replayed: The rounds of replay.
+        """
+        prompt = trajectory.prompt
+        if list(lengths) == list(replayed) and list(ids) == trajectory.ids:
+            return None
+        anchor, same = 0, 0
+        while same < min(len(lengths), len(replayed)) and lengths[same] == replayed[same]:
+            anchor += lengths[same]
+            same += 1
+        position = first_difference(ids, trajectory.ids)
+        # the same draft is cut where the target's token differs, so not after the shorter round
+        end = anchor
+        if same < min(len(lengths), len(replayed)):
+            end += min(lengths[same], replayed[same])
+        if position is not None and position <= end:
+            tokens = _pair(ids, trajectory.ids, position)
+            before = trajectory.ids[:position]
+            passes = [
+                self._target_logits(prompt, position, speculating=True),
+                self._teacher_forced(self.target, prompt, before),
+            ]
+            reference_V = self._teacher_forced(self._reference[0], prompt, before)
+            return self._divergence(prompt, "replay text", position, tokens, passes, reference_V)
+        looped_NV = self._loop_draft(prompt, anchor)
+        replayed_NV = self._teacher_forced_draft(self.target, self.drafter, trajectory, anchor)
+        slots = (looped_NV.argmax(-1) != replayed_NV.argmax(-1)).nonzero().flatten().tolist()
+        if not slots:  # nothing parts here: whatever made the rounds differ is not explained
+            pair = (-1, -1)
+            return Divergence(*_place(prompt), "replay draft", anchor, pair, 0.0, 0.0, False)
+        slot = slots[0]
+        tokens = (int(looped_NV[slot].argmax()), int(replayed_NV[slot].argmax()))
+        reference_NV = self._teacher_forced_draft(*self._reference, trajectory, anchor)
+        passes = [looped_NV[slot], replayed_NV[slot]]
+        return self._divergence(
+            prompt, "replay draft", anchor + 1 + slot, tokens, passes, reference_NV[slot]
+        )
+
+    @torch.no_grad()
+    def _target_logits(self, prompt: EvalPrompt, position: int, *, speculating: bool) -> Tensor:
+        """Decodes again up to a position; returns the logits its token was chosen from."""
+        layer_ids = self.drafter.config.target_layer_ids if speculating else ()
+        engine = _TappedTarget(self.target, layer_ids, len(prompt.ids) + position)
+        drafter: DrafterEngine = _NoDrafts(self.target)
+        if speculating:
+            drafter = CachedDrafter(self.drafter, self.target, engine)
+        until = replace(self.settings, max_new_tokens=position + 1)
+        run_loop(engine, drafter, self.target, prompt.ids, until, prompt.key)
+        assert engine.logits_V is not None
+        return engine.logits_V
+
+    @torch.no_grad()
+    def _loop_draft(self, prompt: EvalPrompt, anchor: int) -> Tensor:
+        """Decodes again up to the round at an anchor; returns the logits (N, V) of its draft."""
+        engine = CachedTarget(self.target, self.drafter.config.target_layer_ids)
+        drafter = _TappedDrafter(self.drafter, self.target, engine)
+        until = replace(self.settings, max_new_tokens=anchor + 2)
+        run_loop(engine, drafter, self.target, prompt.ids, until, prompt.key)
+        assert drafter.logits_NV is not None
+        return drafter.logits_NV
+
+    @torch.no_grad()
+    def _teacher_forced(self, target: Target, prompt: EvalPrompt, before: Sequence[int]) -> Tensor:
+        """Returns the logits (V,) after a prefix, by one pass."""
+        ids = torch.tensor([[*prompt.ids, *before]], device=target.device)
+        last, _ = target.run((), input_ids=ids)
+        return target.head.logits(last[0, -1])
+
+    @torch.no_grad()
+    def _teacher_forced_draft(
+        self, target: Target, drafter: Drafter, trajectory: Trajectory, anchor: int
+    ) -> Tensor:
+        """Returns the logits (N, V) of the block at a response token, by one pass."""
+        config, device = drafter.config, target.device
+        at = len(trajectory.prompt.ids) + anchor
+        ids = torch.tensor([trajectory.tokens[:at]], device=device)
+        states = target.features(ids, torch.zeros_like(ids), config.target_layer_ids).hidden_states
+        context = drafter.encode_context(states, torch.arange(at, device=device)[None])
+        anchor_id = torch.tensor([[trajectory.tokens[at]]], device=device)
+        block = target.embed(block_input_ids(anchor_id, config.block_size, config.mask_token_id))
+        positions = at + torch.arange(config.block_size, device=device)
+        hidden = drafter.denoise(block, positions.view(1, 1, -1), context)
+        return target.head.logits(hidden[0, 0, 1:])
+
+    def _divergence(
+        self,
+        prompt: EvalPrompt,
+        what: str,
+        position: int,
+        tokens: tuple[int, int],
+        passes: Sequence[Tensor],
+        reference_V: Tensor,
+    ) -> Divergence:
+        gap, bound, explained = explain(tokens, passes, reference_V)
+        return Divergence(*_place(prompt), what, position, tokens, gap, bound, explained)
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Returns the first index at which two token sequences differ; None if they are equal.
+
+    Example:
+        >>> first_difference([1, 2, 3], [1, 2, 4]), first_difference([1], [1])
+        (2, None)
+    """
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def _pair(a: Sequence[int], b: Sequence[int], position: int) -> tuple[int, int]:
+    assert position < min(len(a), len(b)), "one text is a part of the other: an end was missed"
+    return a[position], b[position]
+
+
+def _place(prompt: EvalPrompt) -> tuple[str, int, int]:
+    return prompt.set_name, prompt.prompt_id, prompt.turn

@@ -1,0 +1,152 @@
+"""Finds drafters in checkpoints, run folders and published folders, and holds them to a target."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from drafter.config import DrafterConfig, check_block_size
+from drafter.errors import UserError
+from drafter.model import Drafter
+from drafter.target import Target
+
+_INCIDENTAL = ("transformers_version", "_name_or_path", "dtype")
+
+
+@dataclass
+class LoadedDrafter:
+    """A drafter and what its file says of its target.
+
+    Attributes:
+        name: What tables call it.
+        drafter: Eval mode, on the CPU.
+        path: The file or folder it was read from.
+        target_path: What the checkpoint says of its target, or None; so the other three.
+        target_gguf_file: Likewise.
+        target_fingerprint: Likewise.
+        target_dtype: Likewise.
+        run_config: The run's config.yaml, if it is there.
+    """
+
+    name: str
+    drafter: Drafter
+    path: str = ""
+    target_path: str | None = None
+    target_gguf_file: str | None = None
+    target_fingerprint: str | None = None
+    target_dtype: str = "auto"
+    run_config: Path | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """20 hex digits of a hash over config and weights."""
+        config = {k: v for k, v in self.drafter.config.to_dict().items() if k not in _INCIDENTAL}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.drafter.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()[:20]
+
+
+def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
+    """Returns the drafter in a checkpoint, a run folder or a published drafter's folder.
+
+    Args:
+        path: A Lightning .ckpt; a run folder (its best checkpoint, or else its last); or a folder
+            with config.json and model.safetensors.
+        block_size: K to decode with; None for the one it was trained with.
+
+    Raises:
+        UserError: None of these, or the weights don't fit the config; names the tensors.
+    """
+    where = Path(path)
+    if where.is_dir() and (where / "checkpoints").is_dir():
+        found = [where / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+        where = next((file for file in found if file.is_file()), found[0])
+    if where.is_dir() and (where / "config.json").is_file():
+        loaded = LoadedDrafter(where.name, _read_folder(where), str(where))
+    elif where.is_file():
+        loaded = _read_checkpoint(where, path)
+    else:
+        raise UserError(f"{path}: no checkpoint, run folder or drafter folder is there.")
+    if block_size is not None and block_size != loaded.drafter.config.block_size:
+        check_block_size(block_size)
+        loaded.drafter.config.block_size = block_size
+        loaded.name += f" (K {block_size})"
+    return loaded
+
+
+def _read_folder(folder: Path) -> Drafter:
+    try:
+        drafter: Drafter
+        drafter, info = Drafter.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True
+        )
+        config = drafter.config
+        _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} is not a drafter's folder: {reason}") from error
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing or unexpected:
+        raise UserError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}.")
+    drafter.eval()
+    return drafter
+
+
+def _read_checkpoint(file: Path, path: str) -> LoadedDrafter:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        config = DrafterConfig.from_dict(checkpoint["drafter_config"])
+        prefix = "drafter."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items()}
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is not a checkpoint of a drafter: {reason}") from error
+    drafter = Drafter(config)
+    missing, unexpected = drafter.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise UserError(f"{file}: missing tensors {missing}, unexpected tensors {unexpected}.")
+    target = checkpoint.get("target", {})
+    run_config = file.parent.parent / "config.yaml"
+    return LoadedDrafter(
+        path.rstrip("/"),
+        drafter.eval(),
+        str(file),
+        target.get("path"),
+        target.get("gguf_file"),
+        target.get("fingerprint"),
+        target.get("dtype", "auto"),
+        run_config if run_config.is_file() else None,
+    )
+
+
+def check_fits(loaded: LoadedDrafter, target: Target) -> None:
+    """Raises UserError for a target of another shape; warns of another target of the same."""
+    config = loaded.drafter.config
+    wanted = {
+        "hidden size": (config.hidden_size, target.hidden_size),
+        "layers": (config.num_target_layers, target.num_layers),
+        "vocabulary": (config.vocab_size, target.config.vocab_size),
+    }
+    wrong = [
+        f"{name} {ours}, not {theirs}" for name, (ours, theirs) in wanted.items() if ours != theirs
+    ]
+    if wrong:
+        raise UserError(
+            f"{loaded.name} was made for a target of {', '.join(wrong)} as {target.path} has; give "
+            "the target that it was trained with."
+        )
+    if config.mask_token_id >= target.vocab_size:
+        raise UserError(
+            f"{loaded.name}: its mask token id {config.mask_token_id} is beyond the target's "
+            f"{target.vocab_size} embedding rows."
+        )
+    if loaded.target_fingerprint not in (None, target.fingerprint):
+        print(f"warning: {loaded.name} was trained with other weights than {target.path} holds")

@@ -1,0 +1,170 @@
+"""Pictures of a result: accepted length by benchmark, acceptance by position, waste."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drafter.evaluation.results import AVERAGE, names_of
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
+"""Paul Tol's bright scheme: told apart by the colour-blind too."""
+
+
+def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns PNG files by name: `accepted_length`, `acceptance_by_position`, `waste`.
+
+    Replay is shown where it was run, else the real loop.
+    """
+    mode = main_mode(result)
+    drafters = {
+        drafter["name"]: drafter["figures"][mode]
+        for drafter in result["drafters"]
+        if mode in drafter.get("figures", {})
+    }
+    sets = list(names_of(result, mode))
+    return {
+        "accepted_length": _bars(
+            drafters, sets, "accepted_length", "accepted length (tokens per target pass)", floor=1.0
+        ),
+        "acceptance_by_position": _positions(drafters, sets),
+        "waste": _bars(
+            drafters, sets, "waste_ratio", "right drafts thrown away by an earlier error (share)"
+        ),
+    }
+
+
+def main_mode(result: Mapping[str, Any]) -> str:
+    """Returns `replay` if any drafter was replayed, else `decode`."""
+    replayed = any("replay" in drafter.get("figures", {}) for drafter in result["drafters"])
+    return "replay" if replayed else "decode"
+
+
+def write_plots(result: Mapping[str, Any], stem: Path) -> list[Path]:
+    """Writes `<stem>-<name>.png`; returns the paths."""
+    from drafter.files import write_atomic
+
+    paths = []
+    for name, content in plot_result(result).items():
+        paths.append(stem.with_name(f"{stem.name}-{name}.png"))
+        write_atomic(paths[-1], content)
+    return paths
+
+
+def _bars(
+    drafters: Mapping[str, Any], sets: Sequence[str], figure: str, label: str, floor: float = 0.0
+) -> bytes:
+    plt = _pyplot()
+    names = [*sets, AVERAGE] if len(sets) > 1 else list(sets)
+    fig, ax = plt.subplots(figsize=(max(5.0, 1.4 * len(names) + 2), 3.8), layout="constrained")
+    width = 0.8 / max(1, len(drafters))
+    for n, (drafter, figures) in enumerate(drafters.items()):
+        for place, name in enumerate(names):
+            own = figures[AVERAGE] if name == AVERAGE else figures["sets"].get(name, {})
+            found = own.get(figure)
+            if not found or _none(found["value"]):
+                continue
+            at = place + (n - (len(drafters) - 1) / 2) * width
+            value = found["value"]
+            ax.bar(
+                at,
+                value - floor,
+                width * 0.92,
+                bottom=floor,
+                color=COLOURS[n % len(COLOURS)],
+                label=drafter if place == 0 else None,
+            )
+            if not _none(found["low"]):
+                below, above = max(0.0, value - found["low"]), max(0.0, found["high"] - value)
+                ax.errorbar(at, value, [[below], [above]], color="black", capsize=2, linewidth=1)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel(label)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    _legend(ax, drafters)
+    return _png(plt, fig)
+
+
+def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
+    plt = _pyplot()
+    from matplotlib.ticker import MaxNLocator
+
+    longest = max(
+        (len(own.get("accept_rate", [])) for f in drafters.values() for own in f["sets"].values()),
+        default=1,
+    )
+    columns = min(3, max(1, len(sets)))
+    rows = -(-len(sets) // columns) if sets else 1
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(3.4 * columns + 0.6, 2.6 * rows + 0.8),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, name in zip(axes.flat, sets, strict=False):
+        for n, (drafter, figures) in enumerate(drafters.items()):
+            rates = figures["sets"].get(name, {}).get("accept_rate", [])
+            shown = [(k, r) for k, r in enumerate(rates, 1) if not _none(r["value"])]
+            if not shown:
+                continue
+            k = [place for place, _ in shown]
+            colour = COLOURS[n % len(COLOURS)]
+            ax.plot(k, [r["value"] for _, r in shown], ".-", color=colour, label=drafter)
+            bounded = [(place, r) for place, r in shown if not _none(r["low"])]
+            ax.fill_between(
+                [place for place, _ in bounded],
+                [r["low"] for _, r in bounded],
+                [r["high"] for _, r in bounded],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+        ax.set_title(name)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylim(0, 1.02)
+        ax.set_xlim(0.5, longest + 0.5)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in list(axes.flat)[len(sets) :]:
+        ax.set_visible(False)
+    fig.supxlabel("slot k")
+    fig.supylabel("P(k accepted | 1..k-1 accepted)")
+    if len(drafters) > 1:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        for ax in axes.flat:
+            more = ax.get_legend_handles_labels()
+            if len(more[0]) > len(handles):
+                handles, labels = more
+        fig.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    return _png(plt, fig)
+
+
+def _legend(ax: Any, drafters: Mapping[str, Any]) -> None:
+    if len(drafters) > 1:
+        ax.legend(frameon=False, fontsize="small")
+
+
+def _none(value: float | None) -> bool:
+    return value is None or value != value
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _png(plt: Any, fig: Any) -> bytes:
+    buffer = io.BytesIO()
+    # no date inside: the same figures give the same file
+    fig.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    plt.close(fig)
+    return buffer.getvalue()
