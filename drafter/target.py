@@ -70,6 +70,8 @@ class Target:
     """
 
     def __init__(self, loaded: Loaded, path: str, gguf_file: str | None) -> None:
+        # cuDNN's attention plans anew for every length that it has not seen: 60 ms a decoded token
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.path = path
         self.gguf_file = gguf_file
         self.model = loaded.model.eval().requires_grad_(False)

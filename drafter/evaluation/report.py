@@ -25,6 +25,7 @@ from drafter.evaluation.trajectories import (
 from drafter.target import Target
 
 Mode = Literal["replay", "decode", "both"]
+_NAMELESS = ("/", "checkpoints")
 
 
 class FollowUps(Protocol):
