@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -17,6 +18,7 @@ from data.prompt_sets import FollowUps, Prompt, load_prompt_sets, load_prompts
 from data.sharing import load_target as load_shared_target
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.loading import LoadedDrafter, load_drafter
+from drafter.evaluation.measure import FeatureStore
 from drafter.evaluation.report import ReportSettings, report, sort_by_fit, table
 from drafter.evaluation.results import merge, read_result, summarise, without_nan
 from drafter.evaluation.trajectories import Skipped, TrajectorySettings
@@ -316,9 +318,77 @@ def run_merge(options: argparse.Namespace) -> None:
 
 def run_ablation(options: argparse.Namespace) -> None:
     """Trains and measures grids of recipes in one process; see drafter/evaluation/ablation.py."""
-    from ablation_placeholder import run
+    from data.sharing import shared_between_runs
+    from drafter.evaluation.ablation import Ablation, read_grid
 
-    run(options)
+    settings = settings_from(options)
+    grids = [read_grid(path) for path in options.config]
+    features = FeatureStore(int(options.feature_budget_gb * 1e9))
+
+    def measure(run_dir: Path, sizes: Sequence[int | None]) -> list[dict[str, Any]]:
+        checkpoint = str(run_dir / "checkpoints" / "last.ckpt")  # the budget's end, not its best
+        results = []
+        for size in sizes:
+            loaded = load_drafter(checkpoint, size)
+            target = load_target(options, loaded)
+            prompts, skipped = load_eval_prompts(options, target)
+            room = room_for_prompts(options, target)
+            follow_up = FollowUps(target.tokenizer, room, skipped=skipped)
+            results.append(report([loaded], target, prompts, follow_up, settings, features))
+        return results
+
+    ablation = Ablation(
+        Path(options.output),
+        train=train_row,
+        measure=measure,
+        measured_as=measured_as(options),
+        overrides=options.overrides,
+        record=where_and_when(options.device or default_device()),
+    )
+    if options.dry_run:
+        print("\n".join(ablation.pending(grids, options.seeds)))
+        return
+    with shared_between_runs():
+        ablation.run(grids, options.seeds)
+    write_ablation(ablation.results(grids, options.seeds), Path(options.output))
+
+
+def write_ablation(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Prints the grids' tables, and writes them with figures and page."""
+    from drafter.evaluation.page import html_page, markdown
+
+    results = [without_nan(result) for result in results]
+    write_atomic(folder / "ablation.json", json.dumps(results, indent=1) + "\n")
+    text = "\n".join(f"## {result['grid']}\n\n{markdown(result)}" for result in results)
+    write_atomic(folder / "ablation.md", text)
+    print(text)
+    try:
+        write_atomic(folder / "ablation.html", html_page(results, "Ablation"))
+    except ModuleNotFoundError as error:
+        print(f"no page: {error.name} is not installed; the same command makes it where it is")
+    print(f"rows: {folder}/rows; tables: {folder}/ablation.md; page: {folder}/ablation.html")
+
+
+def train_row(arguments: list[str], run_dir: Path) -> None:
+    """Trains one run of a recipe in this process, going on from its last checkpoint if any."""
+    import train
+
+    arguments = ["fit", *arguments, "--run_dir", str(run_dir)]
+    if (run_dir / "config.yaml").exists():
+        arguments += ["--ckpt_path", "last"]
+    os.environ.pop(train.RUN_DIR_VARIABLE, None)
+    own, sys.argv = sys.argv, ["train.py", *arguments]  # what the run's provenance should say
+    try:
+        train.main()
+    finally:
+        sys.argv = own
+
+
+def measured_as(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that a row's figures depend on, as plain values."""
+    names = ("benchmarks", "benchmark_dir", "prompts", "limit", "skip", "target", "gguf_file")
+    names += ("dtype", "mode", "audit", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    return {name: getattr(options, name) for name in names}
 
 
 def main(args: list[str] | None = None) -> None:

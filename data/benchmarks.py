@@ -46,7 +46,7 @@ _LIVECODEBENCH = "hf://datasets/livecodebench/code_generation_lite/"
 def _contest(row: Mapping[str, Any]) -> list[str]:
     starter = row.get("starter_code")
     wanted = (
-        f"### Format: Use the following starter code:\n```python\n{starter}\n```"
+        f"### Format: Use the following code structure:\n```python\n{starter}\n```"
         if starter
         else "### Format: Write your code in the following format:\n"
         "```python\n# YOUR CODE HERE\n```"

@@ -43,10 +43,18 @@ def load_target(path: str, *, device: Any, **options: Any) -> Target:
     """Returns `Target.load`'s target, or the one that an earlier run has loaded the same way."""
     if _shared is None:
         return Target.load(path, device=device, **options)
-    key = (path, str(device).removesuffix(":0"), *sorted(options.items()))
-    if key not in _shared.targets:
-        _shared.targets[key] = Target.load(path, device=device, **options)
-    return _shared.targets[key]
+
+    def key(dtype: str) -> Hashable:
+        rest = sorted((name, value) for name, value in options.items() if name != "dtype")
+        return (path, str(device).removesuffix(":0"), dtype, *rest)
+
+    asked = str(options.get("dtype", "auto"))
+    if key(asked) not in _shared.targets:
+        target = Target.load(path, device=device, **options)
+        # found again under the dtype that "auto" turned out to be
+        for dtype in (asked, str(target.dtype).removeprefix("torch.")):
+            _shared.targets[key(dtype)] = target
+    return _shared.targets[key(asked)]
 
 
 def shared_features(target: Target, rows: Hashable) -> KeptFeatures | None:

@@ -2,8 +2,10 @@
 
 In bf16 a pass over K tokens and a pass over one round differently, so greedy texts may part at a
 near tie. A divergence is explained iff, at the common prefix in higher precision, the gap between
-the two tokens is at most twice the largest rounding error of their logits in either pass. Anything
-else is a bug.
+the two tokens is at most twice the largest error of their logits in either pass (method.md), and
+both passes are about equally far from that higher precision over the whole vocabulary. Without the
+second condition a pass that is plainly wrong would excuse itself by its own error. Anything else is
+a bug.
 
 Legend: N drafted slots, V vocabulary.
 Source: method.md, Exact verification.
@@ -12,6 +14,7 @@ Source: method.md, Exact verification.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,8 +44,10 @@ class Divergence:
         position: Response token at which they part.
         tokens: The two tokens.
         gap: Difference of their logits in higher precision.
-        bound: Twice the largest rounding error of the two logits in either pass.
-        explained: Whether gap <= bound.
+        bound: Twice the largest error of the two logits in either pass.
+        noise_ratio: Error of the worse pass over that of the better, root mean square over the
+            vocabulary.
+        explained: Whether gap <= bound and noise_ratio <= MOST_NOISE_RATIO.
     """
 
     set_name: str
@@ -53,13 +58,18 @@ class Divergence:
     tokens: tuple[int, int]
     gap: float
     bound: float
+    noise_ratio: float
     explained: bool
+
+
+MOST_NOISE_RATIO = 4.0
+"""Rounding alone keeps two passes of one precision well within this factor of each other."""
 
 
 def explain(
     tokens: tuple[int, int], passes: Sequence[Tensor], reference_V: Tensor
-) -> tuple[float, float, bool]:
-    """Returns (gap, bound, explained) of two tokens that two passes chose between.
+) -> tuple[float, float, float, bool]:
+    """Returns (gap, bound, noise_ratio, explained) of two tokens that two passes chose between.
 
     Args:
         tokens: The two.
@@ -68,14 +78,20 @@ def explain(
 
     Example:
         >>> explain((0, 1), [torch.tensor([1.0, 1.1]), torch.tensor([1.1, 1.0])],
-        ...         torch.tensor([1.0, 1.0]))[2]
+        ...         torch.tensor([1.0, 1.0]))[-1]
         True
     """
     pair = torch.tensor(tokens)
-    reference = reference_V.double().cpu()[pair]
-    error = max(float((p.double().cpu()[pair] - reference).abs().max()) for p in passes)
-    gap = float((reference[0] - reference[1]).abs())
-    return gap, 2 * error, gap <= 2 * error
+    reference_V = reference_V.double().cpu()
+    errors = [p.double().cpu() - reference_V for p in passes]
+    bound = 2 * max(float(error[pair].abs().max()) for error in errors)
+    gap = float((reference_V[tokens[0]] - reference_V[tokens[1]]).abs())
+    noise = sorted(float(error.square().mean().sqrt()) for error in errors)
+    if noise[0] == 0:  # one pass is right to the last bit: then so must be the other
+        ratio = 1.0 if noise[-1] == 0 else math.inf
+    else:
+        ratio = noise[-1] / noise[0]
+    return gap, bound, ratio, gap <= bound and ratio <= MOST_NOISE_RATIO
 
 
 class _TappedTarget(CachedTarget):
@@ -202,7 +218,7 @@ class Auditor:
         slots = (looped_NV.argmax(-1) != replayed_NV.argmax(-1)).nonzero().flatten().tolist()
         if not slots:  # nothing parts here: whatever made the rounds differ is not explained
             pair = (-1, -1)
-            return Divergence(*_place(prompt), "replay draft", anchor, pair, 0.0, 0.0, False)
+            return Divergence(*_place(prompt), "replay draft", anchor, pair, 0.0, 0.0, 1.0, False)
         slot = slots[0]
         tokens = (int(looped_NV[slot].argmax()), int(replayed_NV[slot].argmax()))
         reference_NV = self._teacher_forced_draft(*self._reference, trajectory, anchor)
@@ -266,8 +282,8 @@ class Auditor:
         passes: Sequence[Tensor],
         reference_V: Tensor,
     ) -> Divergence:
-        gap, bound, explained = explain(tokens, passes, reference_V)
-        return Divergence(*_place(prompt), what, position, tokens, gap, bound, explained)
+        gap, bound, ratio, explained = explain(tokens, passes, reference_V)
+        return Divergence(*_place(prompt), what, position, tokens, gap, bound, ratio, explained)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

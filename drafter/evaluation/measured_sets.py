@@ -60,6 +60,7 @@ class Measured:
         ids: Response token ids by place, of the real loop.
         plain_ids: Those of the target alone.
         new_seconds: Spent in this process.
+        new_tokens: Response tokens that were measured in it.
     """
 
     tallies: list[Tally] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Measured:
     ids: dict[tuple[str, int, int], list[int]] = field(default_factory=dict)
     plain_ids: dict[tuple[str, int, int], list[int]] = field(default_factory=dict)
     new_seconds: float = 0.0
+    new_tokens: int = 0
 
     def take(self, row: dict[str, Any]) -> None:
         """Adds a row of a journal."""
@@ -148,6 +150,7 @@ class Bench:
                     for row in rows.values():
                         out.take(row)
                     out.new_seconds += seconds
+                    out.new_tokens += tokens
                     bar.update(len(rows))
                     begun = time.perf_counter()
         return out
@@ -194,6 +197,7 @@ class Bench:
             for name, row in zip(names, rows, strict=True):
                 out[name].take(row)
                 out[name].new_seconds += time.perf_counter() - begun
+                out[name].new_tokens += out[name].tallies[-1].response_tokens
         return out
 
     def _contest(

@@ -131,10 +131,8 @@ def _markdown_table(
 
 
 def _markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return lines + [
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
-    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines]
 
 
 def _with_interval(found: Mapping[str, Any] | None, places: int = 3) -> str:
@@ -258,7 +256,8 @@ def _checks(result: Mapping[str, Any]) -> str:
                     f"<li>{_text(found['drafter'])}: {_text(row['set_name'])} "
                     f"{row['prompt_id']}, turn {row['turn'] + 1}, token {row['position']}, "
                     f"{_text(row['what'])}: tokens {row['tokens'][0]} and {row['tokens'][1]}, gap "
-                    f"{row['gap']:.3g}, bound {row['bound']:.3g}: {state}</li>"
+                    f"{row['gap']:.3g}, bound {row['bound']:.3g}, noise ratio "
+                    f"{number(row['noise_ratio'], 2)}: {state}</li>"
                 )
         if rows:
             head = ["drafter", "responses", "identical", "explained", "unexplained"]

@@ -14,6 +14,7 @@ from drafter.evaluation.audit import Auditor, Divergence
 from drafter.evaluation.loading import LoadedDrafter, check_fits
 from drafter.evaluation.measure import FeatureStore
 from drafter.evaluation.measured_sets import PROMPT_LOOKUP, Bench, Measured
+from drafter.evaluation.rates import Rates
 from drafter.evaluation.results import AVERAGE, FORMAT, names_of, summarise
 from drafter.evaluation.trajectories import (
     EvalPrompt,
@@ -21,6 +22,7 @@ from drafter.evaluation.trajectories import (
     Trajectory,
     TrajectorySettings,
     generate_conversations,
+    kept_trajectories,
 )
 from drafter.target import Target
 
@@ -93,6 +95,7 @@ def report(
     prompts: Sequence[EvalPrompt],
     follow_up: FollowUps,
     settings: ReportSettings,
+    features: FeatureStore | None = None,
 ) -> dict[str, Any]:
     """Returns every drafter's responses and figures on every prompt set and on their average.
 
@@ -102,6 +105,7 @@ def report(
         prompts: First turns, of one or more sets.
         follow_up: Makes the next turns.
         settings: How.
+        features: Kept from one call to the next; None for a store of this call's own.
 
     Raises:
         UserError: No drafter fits the target, or an audit at a temperature.
@@ -117,7 +121,7 @@ def report(
         measuring,
         settings.fresh,
         settings.progress,
-        features=FeatureStore(int(settings.feature_budget_gb * 1e9)),
+        features=features or FeatureStore(int(settings.feature_budget_gb * 1e9)),
     )
     found: dict[str, dict[str, Measured]] = {}
     if settings.replays:
@@ -128,6 +132,9 @@ def report(
     if settings.decodes:
         for name, measured in bench.decode(fitting, prepared.prompts).items():
             found.setdefault(name, {})["decode"] = measured
+    for modes in found.values():
+        for mode, measured in modes.items():
+            Rates(settings.folder, target).put(mode, measured.new_seconds, measured.new_tokens)
     result = {
         "format": FORMAT,
         "mode": settings.mode,
@@ -162,6 +169,10 @@ def prepare(
 
     Without replay, only responses that stand in a next turn's context are generated.
     """
+    folder = settings.folder and settings.folder / "trajectories"
+    kept = folder and kept_trajectories(
+        target, prompts, settings.trajectories, folder, settings.batch_size
+    )
     begun = time.perf_counter()
     asked, trajectories = generate_conversations(
         target,
@@ -169,7 +180,7 @@ def prepare(
         settings.trajectories,
         follow_up,
         wanted=lambda prompt: settings.replays or follow_up.has_next(prompt),
-        folder=settings.folder and settings.folder / "trajectories",
+        folder=folder,
         batch_size=settings.batch_size,
         progress=settings.progress,
     )
@@ -180,6 +191,8 @@ def prepare(
             f"trajectories: {len(trajectories)} responses, {tokens} tokens in {seconds:.1f} s",
             flush=True,
         )
+    if not kept:
+        Rates(settings.folder, target).put("generate", seconds, tokens)
     return Prepared(asked, trajectories, seconds, list(follow_up.skipped))
 
 

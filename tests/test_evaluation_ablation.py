@@ -1,0 +1,202 @@
+"""Ablation grids on tiny models: shared work, finished rows, older recipes, one budget."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import yaml
+
+import evaluate
+from drafter.errors import UserError
+from drafter.evaluation.ablation import OLDER, read_grid
+from drafter.target import Target
+from tests.runs import ROOT, config
+from train import RUN_DIR_VARIABLE, main
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A grid of two recipes on a tiny target, and prompts to measure on."""
+    base = tmp_path / "base.yaml"
+    settings = config(tmp_path, trainer__max_epochs=1, verification__every_n_epochs=0)
+    settings.pop("run_dir")
+    settings["data"]["keep_in_memory"] = True
+    base.write_text(yaml.safe_dump(settings))
+    rows = [{"prompt": f"What is the sum of two and three? {i}"} for i in range(4)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_grid(tmp_path, base)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_grid(folder, base, chain=40.0, **more):
+    rows = [
+        {"name": "uniform", "configs": [str(ROOT / "configs/losses/uniform.yaml")]},
+        {
+            "name": "+ chain",
+            "configs": [str(ROOT / "configs/losses/uniform.yaml")],
+            "flags": {"model.loss.alpha_chain": chain},
+        },
+    ]
+    grid = {"base": str(base), "rows": rows, **more}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+
+
+def run(folder, *extra, seeds=1, overrides=()):
+    arguments = ["ablation", "--config", str(folder / "grid.yaml"), "--seeds", str(seeds)]
+    arguments += ["--prompts", str(folder / "prompts.jsonl"), "--max-new-tokens", "12"]
+    arguments += ["--cache-dir", str(folder / "cache"), "--no-progress", "--device", "cpu"]
+    arguments += ["--output", str(folder / "out"), *extra]
+    evaluate.main([*arguments, *(["--", *overrides] if overrides else [])])
+
+
+def results(folder):
+    return json.loads((folder / "out" / "ablation.json").read_text())
+
+
+def test_a_grid_loads_one_target_and_computes_features_once(place, monkeypatch):
+    loads, runs = [], []
+    load, features = Target.load.__func__, Target.features
+    monkeypatch.setattr(
+        Target, "load", classmethod(lambda cls, *a, **k: loads.append(a) or load(cls, *a, **k))
+    )
+    monkeypatch.setattr(
+        Target,
+        "features",
+        lambda self, ids, *a, **k: runs.append(len(ids)) or features(self, ids, *a, **k),
+    )
+    run(place, seeds=2)
+    assert len(loads) == 1
+    # 9 training rows and 3 held-out ones, once for four runs; 4 trajectories, kept too
+    assert sum(runs) == 9 + 3 + 4
+    (result,) = results(place)
+    assert [d["name"] for d in result["drafters"]] == ["uniform", "+ chain"]
+    assert [d["runs"] for d in result["drafters"]] == [2, 2]
+    assert result["drafters"][0]["figures"]["replay"]["sets"]["prompts"]["responses"] == 8
+    assert {(row["a"], row["b"]) for row in result["comparisons"]} == {("+ chain", "uniform")}
+    assert "+ chain" in (place / "out" / "ablation.md").read_text()
+    assert "<h1>grid</h1>" in (place / "out" / "ablation.html").read_text()
+    row = json.loads(next((place / "out" / "rows").glob("chain-seed1-*.json")).read_text())
+    assert row["settings"]["model"]["loss"]["alpha_chain"] == 40.0
+    assert row["settings"]["seed_everything"] == 1
+    assert {"revision", "device_name", "train_seconds", "recipe", "measured_as"} <= row.keys()
+
+
+def test_rows_that_are_there_are_skipped_and_older_recipes_marked(place, capsys):
+    run(place)
+    first = results(place)
+    capsys.readouterr()
+    run(place)
+    printed = capsys.readouterr().out
+    assert printed.count("is there: ") == 2
+    assert "trains in" not in printed
+    assert results(place) == first
+    write_grid(place, place / "base.yaml", chain=5.0)
+    run(place)
+    printed = capsys.readouterr().out
+    assert printed.count("is there: ") == 1
+    assert printed.count("trains in") == 1
+    (result,) = results(place)
+    assert [d["name"] for d in result["drafters"]] == ["uniform", "+ chain", f"+ chain{OLDER}"]
+    assert not any(OLDER in row["a"] + row["b"] for row in result["comparisons"])
+
+
+def test_killed_between_training_and_measuring_it_does_not_train_again(place, monkeypatch, capsys):
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "report", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(place)
+    assert "trains in" in capsys.readouterr().out
+    run(place)
+    assert capsys.readouterr().out.count("trains in") == 1  # the other row
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(place, capsys):
+    from drafter.evaluation.ablation import Ablation
+
+    grid = read_grid(place / "grid.yaml")
+    seen = []
+
+    def train(arguments, run_dir):
+        seen.append(run_dir)
+        assert "--seed_everything=0" in arguments
+        raise RuntimeError("cut off")
+
+    ablation = Ablation(place / "out", train, lambda *a: [], {})
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            ablation.run([grid], 1)
+    assert seen[0] == seen[1]  # the same folder, where train.py finds its last checkpoint
+
+
+def test_block_sizes_of_training_against_those_of_inference(place):
+    write_grid(place, place / "base.yaml", block_sizes=[2, 4])
+    run(place)
+    (result,) = results(place)
+    names = [d["name"] for d in result["drafters"]]
+    assert names == ["uniform @ K 2", "uniform", "+ chain @ K 2", "+ chain"]
+    assert [d["block_size"] for d in result["drafters"]] == [2, 4, 2, 4]
+
+
+def test_flags_after_two_dashes_go_to_every_row(place):
+    run(place, overrides=["--model.learning_rate=0.002"])
+    for path in (place / "out" / "rows").glob("*.json"):
+        assert json.loads(path.read_text())["settings"]["model"]["learning_rate"] == 0.002
+
+
+def test_a_dry_run_lists_rows_and_trains_none(place, capsys):
+    run(place, "--dry-run")
+    printed = capsys.readouterr().out
+    assert printed.count("to be trained and measured") == 2
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("rows: [{name: a, flags: {trainer.max_epochs: 9}}]", "row 'a' changes trainer.max_epochs"),
+        ("rows: [{name: a}, {name: a}]", "two rows are named 'a'"),
+        ("rows: [{flags: {}}]", "every row needs a name"),
+        ("rows: [{name: a, seeds: 3}]", "fields other than name"),
+        ("rows: [{name: a, configs: [nowhere.yaml]}]", "there is no config nowhere.yaml"),
+        ("rows: []", "a grid has `base`, `rows`"),
+        ("rows: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_grid_is_one_sentence(tmp_path, grid, said):
+    path = tmp_path / "grid.yaml"
+    path.write_text(grid)
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        read_grid(path)
+    with pytest.raises(UserError, match="no such grid"):
+        read_grid(tmp_path / "none.yaml")
+
+
+def test_a_budget_may_be_said_to_differ(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("one_budget: false\nrows: [{name: a, flags: {trainer.max_epochs: 9}}]")
+    assert read_grid(path).rows[0].flags == {"trainer.max_epochs": 9}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablation").glob("*.yaml")))
+def test_every_row_of_the_shipped_grids_parses(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    grid = read_grid(path)
+    assert len(grid.rows) > 1
+    for row in grid.rows:
+        monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *row.arguments(7), "--print_config"])
+        assert stop.value.code == 0
+        parsed = yaml.safe_load(capsys.readouterr().out)
+        assert parsed["seed_everything"] == 7
+        for key, value in row.flags.items():
+            group, name = key.split(".")
+            assert parsed[group][name] == value
