@@ -6,16 +6,20 @@ that many prompts of a set share are its instructions, not its questions, and do
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from data.formats import Tokens, parse
 from data.prompt_sets import Prompt
 from data.sources import Source
 from drafter.errors import UserError
+from drafter.evaluation.loading import LoadedDrafter
 
 RUN_WORDS = 13
 LEAST_WORDS = 5
@@ -119,6 +123,50 @@ def training_texts(
             yield "\n".join(str(message.get("content", "")) for message in said.messages)
 
 
-def as_plain(overlap: dict[str, Overlap]) -> dict[str, dict[str, int]]:
-    """Returns the result as plain values."""
-    return {name: asdict(found) for name, found in overlap.items()}
+def overlap_with_runs(
+    drafters: Sequence[LoadedDrafter], prompts: Sequence[Prompt], tokenizer: Any
+) -> dict[str, Any]:
+    """Returns, by drafter, each set's overlap with its training rows, or why it isn't known.
+
+    Args:
+        drafters: Whose run's config.yaml says what they were trained on.
+        prompts: That they are measured on.
+        tokenizer: The target's.
+    """
+    checked: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    for loaded in drafters:
+        if loaded.run_config is None:
+            found[loaded.name] = "not checked: its training data is not recorded beside it"
+            continue
+        data = yaml.safe_load(loaded.run_config.read_text()).get("data", {})
+        held_out = data.get("val_rows", 0) if data.get("val_data") is None else 0
+        key = json.dumps([data.get("train_data"), held_out, data.get("limit_rows")])
+        if key not in checked:
+            try:
+                texts = training_texts(
+                    data["train_data"],
+                    tokenizer,
+                    skip=held_out,
+                    limit=data.get("limit_rows"),
+                    split=data.get("train_split", "train"),
+                )
+                sets = find_overlap(prompts, texts)
+                checked[key] = {name: asdict(overlap) for name, overlap in sets.items()}
+            except (UserError, KeyError) as error:
+                checked[key] = f"not checked: {error}"
+        found[loaded.name] = checked[key]
+    return found
+
+
+def overlap_lines(found: dict[str, Any]) -> list[str]:
+    """Returns what `overlap_with_runs` found, a line a drafter."""
+    lines = []
+    for name, sets in found.items():
+        told = sets
+        if not isinstance(sets, str):
+            hits = {s: row for s, row in sets.items() if row["shared"]}
+            told = ", ".join(f"{s} {row['shared']} of {row['prompts']}" for s, row in hits.items())
+            told = f"{told or 'no prompt'} shares a run of {RUN_WORDS} words with it"
+        lines.append(f"overlap with the training data of {name}: {told}")
+    return lines

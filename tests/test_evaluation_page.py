@@ -10,10 +10,11 @@ import pytest
 
 from drafter.errors import UserError
 from drafter.evaluation.intervals import RESAMPLES
-from drafter.evaluation.page import html_page, markdown
+from drafter.evaluation.markdown import markdown
+from drafter.evaluation.page import html_page
 from drafter.evaluation.plots import plot_result
-from drafter.evaluation.report import short_names, table
 from drafter.evaluation.results import FORMAT, read_result, summarise, without_nan
+from drafter.evaluation.tables import short_names, table
 from tests.test_evaluation_intervals import tallies
 
 SAMPLE = {

@@ -68,11 +68,13 @@ def test_report_by_replay_equals_report_by_the_real_loop(trained, capsys, monkey
     printed = capsys.readouterr().out
     assert "accepted length" in printed
     assert "prompts" in printed
-    replayed, decoded = (results[mode]["sets"]["prompts"] for mode in ("replay", "decode"))
+    replayed, decoded = (
+        results[mode]["figures"][mode]["sets"]["prompts"] for mode in ("replay", "decode")
+    )
     for key, value in replayed.items():
-        if "all_anchors" not in key:
-            assert decoded[key] == pytest.approx(value, nan_ok=True), key
-    assert decoded["tokens_per_second_plain"] > 0
+        if "all_anchors" not in key and not key.startswith("ms_"):
+            assert decoded[key] == value, key
+    assert decoded["tokens_per_second_plain"]["value"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A result as Markdown tables in the paper's form, and as one HTML page that needs nothing else."""
+"""A result as one HTML page that needs nothing else: no server, no network, no script."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from drafter.evaluation.markdown import comparison_rows, with_interval
 from drafter.evaluation.plots import main_mode, plot_result
-from drafter.evaluation.report import number, replay_cost
 from drafter.evaluation.results import AVERAGE, names_of
+from drafter.evaluation.tables import number, replay_cost
 
 TITLES = {
     "accepted_length": "Accepted length by benchmark",
@@ -25,35 +26,6 @@ EXPLAINED = {
     "waste": "Of all drafts that are right, the share that stands behind an error of its block and "
     "is lost to left-to-right verification.",
 }
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """Returns the tables: a row a drafter, a column a benchmark, the average last."""
-    parts: list[str] = []
-    for mode in ("replay", "decode"):
-        names = list(names_of(result, mode))
-        if not names:
-            continue
-        figures = {
-            drafter["name"]: drafter["figures"][mode]
-            for drafter in result["drafters"]
-            if mode in drafter.get("figures", {})
-        }
-        what = "replay" if mode == "replay" else "real loop"
-        parts.append(f"**Accepted length ({what}, 95 % interval)**\n")
-        parts.append(_markdown_table(figures, names, "accepted_length"))
-        if mode == "decode":
-            parts.append("\n**Tokens per second over the target alone**\n")
-            parts.append(_markdown_table(figures, names, "speedup", places=2))
-        parts.append("\n**Waste ratio**\n")
-        parts.append(_markdown_table(figures, names, "waste_ratio"))
-        parts.append("")
-    differences = [row for row in result["comparisons"] if row["figure"] == "accepted_length"]
-    if differences:
-        parts += ["**Differences in accepted length, on the same prompts**\n"]
-        parts += _markdown_rows(*comparison_rows(differences))
-        parts.append("")
-    return "\n".join(parts)
 
 
 def html_page(results: Sequence[Mapping[str, Any]], title: str = "Drafters, measured") -> str:
@@ -90,56 +62,6 @@ def _parts(result: Mapping[str, Any]) -> list[str]:
             parts.append(_figures_section(result, mode, names))
     parts.append(_differences(result))
     return [*parts, _where(result), _checks(result), _skipped(result), _samples(result)]
-
-
-def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns head and rows of a table of paired differences."""
-    head = ["mode", "drafter", "against", "set", "difference", "95 %", "prompts", "verdict"]
-    body = [
-        [
-            row["mode"],
-            row["a"],
-            row["b"],
-            row["set"],
-            signed(row["difference"]["value"]),
-            f"{signed(row['difference']['low'])} to {signed(row['difference']['high'])}",
-            str(row["prompts"]),
-            row["verdict"],
-        ]
-        for row in rows
-    ]
-    return head, body
-
-
-def signed(value: float | None) -> str:
-    """Returns a difference with its sign; "-" for none."""
-    return "-" if value is None or value != value else f"{value:+.3f}"
-
-
-def _markdown_table(
-    figures: Mapping[str, Any], names: Sequence[str], figure: str, places: int = 3
-) -> str:
-    head = ["drafter", *names, AVERAGE]
-    rows = []
-    for drafter, found in figures.items():
-        cells = [drafter]
-        for name in (*names, AVERAGE):
-            own = found[AVERAGE] if name == AVERAGE else found["sets"].get(name, {})
-            cells.append(_with_interval(own.get(figure), places))
-        rows.append(cells)
-    return "\n".join(_markdown_rows(head, rows))
-
-
-def _markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines]
-
-
-def _with_interval(found: Mapping[str, Any] | None, places: int = 3) -> str:
-    if not found:
-        return "-"
-    value, low, high = (number(found[key], places) for key in ("value", "low", "high"))
-    return f"{value} ({low}-{high})" if low != "-" else value
 
 
 def _facts(result: Mapping[str, Any], target: Any, settings: Any) -> str:
@@ -231,7 +153,7 @@ def _where(result: Mapping[str, Any]) -> str:
             rows.append((False, list(map(_text, cells))))
         for row in found.get("by_turn", []):
             what = f"{row['set']}, turn {row['turn']}"
-            cells = [drafter["name"], what, _with_interval(row["accepted_length"]), ""]
+            cells = [drafter["name"], what, with_interval(row["accepted_length"]), ""]
             rows.append((False, list(map(_text, cells))))
     if not rows:
         return ""

@@ -1,0 +1,72 @@
+"""What an evaluation measures on: benchmarks of the hub, folders of them, and other files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.benchmarks import benchmark_rows
+from data.prompt_sets import FollowUps, Prompt, load_prompt_sets, load_prompts
+from drafter.errors import UserError
+from drafter.target import Target
+
+
+def load_eval_prompts(
+    target: Target,
+    max_new_tokens: int,
+    *,
+    benchmarks: Sequence[str] = (),
+    benchmark_dir: str | None = None,
+    files: Sequence[str] = (),
+    skip: int = 0,
+    limit: int | None = None,
+) -> tuple[list[Prompt], FollowUps]:
+    """Returns the first turns of all sets, and what makes the turns after them.
+
+    What can't be used is left out, printed by reason, and listed in the follow-ups' `skipped`.
+
+    Args:
+        target: Whose template and context decide.
+        max_new_tokens: A response that must find room behind a prompt.
+        benchmarks: Names of `data.benchmarks`, or of files in `benchmark_dir`.
+        benchmark_dir: Folder of `<name>.jsonl`; without names, all of it.
+        files: Other prompt files.
+        skip: Prompts of each set passed over first.
+        limit: Prompts of each set.
+
+    Raises:
+        UserError: Nothing to measure on is named, nothing of it is left, or a response has no room.
+    """
+    room = target.max_length - max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the target's "
+            f"context of {target.max_length}; lower it."
+        )
+    follow_up = FollowUps(target.tokenizer, room)
+    common: dict[str, Any] = {
+        "vocab_size": target.vocab_size,
+        "skip": skip,
+        "limit": limit,
+        "max_prompt_tokens": room,
+        "skipped": follow_up.skipped,
+    }
+    given = list(files)
+    prompts: list[Prompt] = []
+    if benchmark_dir:
+        folder = Path(benchmark_dir)
+        named = [str(folder / f"{name}.jsonl") for name in benchmarks]
+        given += named or [str(folder)]
+    elif benchmarks:
+        rows = benchmark_rows(benchmarks)
+        prompts += load_prompt_sets(rows, target.tokenizer, source="benchmarks", **common)
+    if given:
+        prompts += load_prompts(given, target.tokenizer, **common)
+    if not prompts:
+        raise UserError("nothing to measure on: pass --benchmarks, --benchmark-dir or --prompts.")
+    reasons = Counter((entry.set_name, entry.reason) for entry in follow_up.skipped)
+    for (name, reason), count in reasons.items():
+        print(f"left out: {name}: {count} x {reason}")
+    return prompts, follow_up

@@ -1,0 +1,126 @@
+"""The command line of evaluate.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from drafter.evaluation.report import ReportSettings
+from drafter.evaluation.trajectories import TrajectorySettings
+from drafter.files import cache_root
+from drafter.sampling import Sampling
+
+DESCRIPTION = "Measures drafters: accepted length and speed, with intervals, plots and a page."
+
+
+def parse(args: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed command line; `report` is the default verb."""
+    args = list(args)
+    if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+        args = ["report", *args]
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    verb = verbs.add_parser("report", help="measure one or more drafters side by side")
+    verb.add_argument(
+        "--ckpt",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="checkpoint (.ckpt), run folder, or drafter folder (z-lab layout); repeatable",
+    )
+    _add_prompt_options(verb)
+    _add_measuring_options(verb)
+    verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
+    verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    verb.add_argument("--output", metavar="OUT.json", help="write figures, tables, plots and page")
+
+    verb = verbs.add_parser("merge", help="join result files of partial runs")
+    verb.add_argument("results", nargs="+", metavar="IN.json")
+    verb.add_argument("--output", required=True, metavar="OUT.json")
+
+    verb = verbs.add_parser("ablation", help="train and measure a grid of recipes")
+    verb.add_argument("--config", nargs="+", required=True, metavar="GRID.yaml")
+    verb.add_argument("--seeds", type=int, default=1, help="runs of each recipe, seeds 0, 1, ...")
+    _add_prompt_options(verb)
+    _add_measuring_options(verb)
+    verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    verb.add_argument("--output", required=True, metavar="DIR", help="rows, runs, table and page")
+    verb.epilog = "After `--`: flags of train.py that go to every row."
+    own, overrides = args, []
+    if "--" in args:
+        own, overrides = args[: args.index("--")], args[args.index("--") + 1 :]
+    options = parser.parse_args(own)
+    if overrides and options.verb != "ablation":
+        parser.error("flags after `--` are for `ablation`")
+    options.overrides = overrides
+    return options
+
+
+def _add_prompt_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME",
+        help="of gsm8k, aime, humaneval, mbpp, livecodebench, mt-bench: from the hub, or from "
+        "--benchmark-dir",
+    )
+    verb.add_argument("--benchmark-dir", metavar="DIR", help="folder of <name>.jsonl with `turns`")
+    verb.add_argument(
+        "--prompts", nargs="+", metavar="FILE", help="other prompt files, sets named by their stem"
+    )
+    verb.add_argument("--limit", type=int, help="prompts of each set")
+    verb.add_argument("--skip", type=int, default=0, help="prompts of each set passed over first")
+    verb.add_argument("--target", help="target; default: the one recorded in the checkpoint")
+    verb.add_argument("--gguf-file", help="GGUF file inside the target's folder")
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the target's own code")
+    verb.add_argument("--dtype", help="of target and drafter; default: the run's target's")
+    verb.add_argument("--device", help="default: cuda where there is one, else cpu")
+
+
+def _add_measuring_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--mode",
+        choices=("replay", "decode", "both"),
+        default="replay",
+        help="replay: rounds read off the target's responses; decode: the real loop, timed",
+    )
+    verb.add_argument(
+        "--audit", action="store_true", help="decode with and without; explain what differs"
+    )
+    verb.add_argument("--max-new-tokens", type=int, default=2048)
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    verb.add_argument("--top-k", type=int, default=0)
+    verb.add_argument("--top-p", type=float, default=1.0)
+    verb.add_argument("--seed", type=int, default=0, help="of sampled responses")
+    verb.add_argument("--batch-size", type=int, default=32, help="prompts generated together")
+    verb.add_argument("--feature-budget-gb", type=float, default=4.0, help="kept between drafters")
+    verb.add_argument("--cache-dir", help="default: ~/.cache/l2r-drafter")
+    verb.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    verb.add_argument("--no-progress", action="store_true", help="show no bars")
+
+
+def settings_from(options: argparse.Namespace) -> ReportSettings:
+    """Returns the options as settings."""
+    return ReportSettings(
+        TrajectorySettings(
+            options.max_new_tokens,
+            Sampling(options.temperature, options.top_k, options.top_p),
+            options.seed,
+        ),
+        mode=options.mode,
+        audit=options.audit,
+        batch_size=options.batch_size,
+        folder=cache_root(options.cache_dir),
+        fresh=options.fresh,
+        feature_budget_gb=options.feature_budget_gb,
+        progress=not options.no_progress,
+    )
+
+
+def measured_as(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that figures depend on beside the drafter, as plain values."""
+    names = "benchmarks benchmark_dir prompts limit skip target gguf_file dtype mode audit"
+    names += " max_new_tokens temperature top_k top_p seed"
+    return {name: getattr(options, name) for name in names.split()}

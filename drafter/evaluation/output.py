@@ -1,0 +1,45 @@
+"""Writes results: figures as JSON, tables, plots, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from drafter.evaluation.markdown import markdown
+from drafter.evaluation.page import html_page
+from drafter.evaluation.plots import write_plots
+from drafter.evaluation.results import without_nan
+from drafter.evaluation.tables import table
+from drafter.files import write_atomic
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the tables, and what was left out of them."""
+    print()
+    for reason in result["misfits"]:
+        print(f"left out: {reason}")
+    print(table(result))
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Writes `<stem>.json`, and beside it `<stem>.md`, `<stem>-*.png` and `<stem>.html`."""
+    result = without_nan(result)
+    stem = path.with_suffix("")
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
+    write_atomic(stem.with_name(f"{stem.name}.md"), markdown(result))
+    write_plots(result, stem)
+    write_atomic(stem.with_name(f"{stem.name}.html"), html_page([result]))
+    print(f"figures: {path}; tables, plots and page: {stem}.md, {stem}-*.png, {stem}.html")
+
+
+def write_ablation(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Prints the grids' tables; writes `ablation.json`, `ablation.md` and `ablation.html`."""
+    results = [without_nan(result) for result in results]
+    text = "\n".join(f"## {result['grid']}\n\n{markdown(result)}" for result in results)
+    write_atomic(folder / "ablation.json", json.dumps(results, indent=1) + "\n")
+    write_atomic(folder / "ablation.md", text)
+    write_atomic(folder / "ablation.html", html_page(results, "Ablation"))
+    print(text)
+    print(f"rows: {folder}/rows; tables: {folder}/ablation.md; page: {folder}/ablation.html")
