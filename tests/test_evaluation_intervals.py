@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from drafter.evaluation.intervals import (
     difference,
     draw_weights,
     estimate_figures,
+    expanded_tail,
     interval,
     shared_prompts,
     verdict,
@@ -89,21 +92,29 @@ def test_draws_are_those_of_a_bootstrap_over_prompts_and_runs(turns):
     assert weights_P.sum(1) == pytest.approx(np.full(40, 8))
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """Ratios of sums of 60 prompts, many times over: near 95 % of the intervals hold the truth."""
+@pytest.mark.parametrize("prompts", [6, 12, 60])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(prompts):
+    """Ratios of sums, many times over: near 95 % of the intervals hold the truth."""
     generator = np.random.default_rng(0)
     hits, repeats = 0, 300
     for repeat in range(repeats):
-        rounds = generator.integers(5, 30, size=60)
-        emitted = rounds * 2.0 + generator.normal(0, 6, size=60)
+        rounds = generator.integers(5, 30, size=prompts)
+        emitted = rounds * 2.0 + generator.normal(0, 6, size=prompts)
         rows = [
             Tally("s", i, 0, 1, 1, {"emitted": e, "rounds": float(r)}, [], [], [], [])
             for i, (e, r) in enumerate(zip(emitted, rounds, strict=True))
         ]
-        found = estimate_figures([rows], "s", resamples=400, seed=repeat)
+        found = estimate_figures([rows], "s", resamples=500, seed=repeat)
         estimate = found.estimate("accepted_length")
         hits += estimate.low <= 2.0 <= estimate.high
-    assert 0.90 <= hits / repeats <= 0.98
+    assert 0.915 <= hits / repeats <= 0.98
+
+
+def test_the_tail_of_few_prompts_is_that_of_students_t():
+    """Against t quantiles from tables."""
+    for prompts, t in ((5, 2.776), (10, 2.262), (31, 2.042)):
+        z = t * math.sqrt(prompts / (prompts - 1))
+        assert expanded_tail(prompts) == pytest.approx(0.5 * math.erfc(z / math.sqrt(2)), rel=0.1)
 
 
 def test_pairing_tells_apart_what_the_intervals_alone_do_not():
@@ -118,9 +129,9 @@ def test_pairing_tells_apart_what_the_intervals_alone_do_not():
     assert a.estimate("accepted_length").low < b.estimate("accepted_length").high
     found = difference(a, b, "accepted_length")
     assert found.low > 0
-    assert verdict(found) == "better"
-    assert verdict(difference(b, a, "accepted_length")) == "worse"
-    assert verdict(difference(a, a, "accepted_length")) == "not told apart"
+    assert verdict(found, 30) == "better"
+    assert verdict(difference(b, a, "accepted_length"), 30) == "worse"
+    assert verdict(difference(a, a, "accepted_length"), 30) == "not told apart"
 
 
 def test_only_prompts_that_both_have_are_compared():
@@ -162,8 +173,8 @@ def test_nothing_counted_gives_no_number_rather_than_a_wrong_one():
     estimate = found.estimate("accepted_length")
     assert np.isnan(estimate.value)
     assert np.isnan(estimate.low)
-    assert interval(1.0, np.array([np.nan, 2.0])).low == 2.0
-    assert verdict(Estimate(0.0, float("nan"), float("nan"))) == "not told apart"
+    assert interval(1.0, np.array([np.nan, 2.0]), 9).low == 2.0
+    assert verdict(Estimate(0.0, float("nan"), float("nan")), 9) == "not told apart"
 
 
 def test_rounds_are_told_apart_by_their_anchors_context():

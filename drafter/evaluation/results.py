@@ -109,7 +109,7 @@ def compare(a: Runs, b: Runs, resamples: int = RESAMPLES) -> list[dict[str, Any]
             if figure not in first.point or figure not in second.point:
                 continue
             found = difference(first, second, figure)
-            word = verdict(found)
+            word = verdict(found, first.prompts)
             if figure == "waste_ratio" and word in ("better", "worse"):  # less of it is better
                 word = {"better": "worse", "worse": "better"}[word]
             rows.append(
