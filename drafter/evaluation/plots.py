@@ -26,13 +26,9 @@ def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
     }
     sets = list(names_of(result, mode))
     return {
-        "accepted_length": _bars(
-            drafters, sets, "accepted_length", "accepted length (tokens per target pass)", floor=1.0
-        ),
+        "accepted_length": _bars(drafters, sets, "accepted_length", "accepted length", floor=1.0),
         "acceptance_by_position": _positions(drafters, sets),
-        "waste": _bars(
-            drafters, sets, "waste_ratio", "right drafts thrown away by an earlier error (share)"
-        ),
+        "waste": _bars(drafters, sets, "waste_ratio", "waste ratio"),
     }
 
 
@@ -60,7 +56,7 @@ def _bars(
     names = [*sets, AVERAGE] if len(sets) > 1 else list(sets)
     fig, ax = plt.subplots(figsize=(max(5.0, 1.4 * len(names) + 2), 3.8), layout="constrained")
     width = 0.8 / max(1, len(drafters))
-    for n, (drafter, figures) in enumerate(drafters.items()):
+    for n, figures in enumerate(drafters.values()):
         for place, name in enumerate(names):
             own = figures[AVERAGE] if name == AVERAGE else figures["sets"].get(name, {})
             found = own.get(figure)
@@ -74,7 +70,6 @@ def _bars(
                 width * 0.92,
                 bottom=floor,
                 color=COLOURS[n % len(COLOURS)],
-                label=drafter if place == 0 else None,
             )
             if not _none(found["low"]):
                 below, above = max(0.0, value - found["low"]), max(0.0, found["high"] - value)
@@ -84,7 +79,7 @@ def _bars(
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
-    _legend(ax, drafters)
+    _legend(fig, drafters)
     return _png(plt, fig)
 
 
@@ -107,14 +102,14 @@ def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
         layout="constrained",
     )
     for ax, name in zip(axes.flat, sets, strict=False):
-        for n, (drafter, figures) in enumerate(drafters.items()):
+        for n, figures in enumerate(drafters.values()):
             rates = figures["sets"].get(name, {}).get("accept_rate", [])
             shown = [(k, r) for k, r in enumerate(rates, 1) if not _none(r["value"])]
             if not shown:
                 continue
             k = [place for place, _ in shown]
             colour = COLOURS[n % len(COLOURS)]
-            ax.plot(k, [r["value"] for _, r in shown], ".-", color=colour, label=drafter)
+            ax.plot(k, [r["value"] for _, r in shown], ".-", color=colour)
             bounded = [(place, r) for place, r in shown if not _none(r["low"])]
             ax.fill_between(
                 [place for place, _ in bounded],
@@ -134,19 +129,19 @@ def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
         ax.set_visible(False)
     fig.supxlabel("slot k")
     fig.supylabel("P(k accepted | 1..k-1 accepted)")
-    if len(drafters) > 1:
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        for ax in axes.flat:
-            more = ax.get_legend_handles_labels()
-            if len(more[0]) > len(handles):
-                handles, labels = more
-        fig.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    _legend(fig, drafters)
     return _png(plt, fig)
 
 
-def _legend(ax: Any, drafters: Mapping[str, Any]) -> None:
+def _legend(fig: Any, drafters: Mapping[str, Any]) -> None:
     if len(drafters) > 1:
-        ax.legend(frameon=False, fontsize="small")
+        from matplotlib.patches import Patch
+
+        patches = [
+            Patch(color=COLOURS[n % len(COLOURS)], label=drafter)
+            for n, drafter in enumerate(drafters)
+        ]
+        fig.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False)
 
 
 def _none(value: float | None) -> bool:
