@@ -20,31 +20,34 @@ from data.overlap import overlap_lines, overlap_with_runs
 from data.prompt_sets import FollowUps, Prompt
 from data.sharing import load_target, shared_between_runs
 from drafter.errors import UserError, one_sentence_errors
-from drafter.evaluation.ablation import Ablation, read_grid
+from drafter.evaluation.ablation import Ablation
 from drafter.evaluation.loading import LoadedDrafter, load_drafter
 from drafter.evaluation.measure import FeatureStore
-from drafter.evaluation.options import measured_as, parse, settings_from
+from drafter.evaluation.options import check_device, measured_as, parse, settings_from
 from drafter.evaluation.output import show, write_ablation, write_result
 from drafter.evaluation.plan import plan
+from drafter.evaluation.recipes import read_grid
 from drafter.evaluation.report import report, sort_by_fit
 from drafter.evaluation.results import merge, read_result, summarise
+from drafter.evaluation.tables import name_apart
 from drafter.target import Target
 
 
 def run_report(options: argparse.Namespace) -> None:
     """Measures drafters side by side; prints the tables and writes what was asked for."""
     settings = settings_from(options)
-    drafters = [load_drafter(path, options.block_size) for path in options.ckpt]
-    target = target_for(drafters[0], options)
+    drafters, unreadable = load_all(options.ckpt, options.block_size)
+    target = target_for(drafters, options)
     drafters, misfits = sort_by_fit(drafters, target)
+    misfits = [*unreadable, *misfits]
     prompts, follow_up = prompts_for(target, options)
     if options.dry_run:
         print("\n".join([*misfits, *plan(drafters, target, prompts, follow_up, settings)]))
         return
+    overlap = overlap_with_runs(drafters, prompts, target.tokenizer)
+    print("\n".join(overlap_lines(overlap)))
     result = report(drafters, target, prompts, follow_up, settings)
-    result |= {"misfits": misfits, **where_and_when(target.device)}
-    result["overlap"] = overlap_with_runs(drafters, prompts, target.tokenizer)
-    print("\n".join(overlap_lines(result["overlap"])))
+    result |= {"misfits": misfits, "overlap": overlap, **where_and_when(target.device)}
     show(result)
     if options.output:
         write_result(result, Path(options.output))
@@ -68,9 +71,11 @@ def run_ablation(options: argparse.Namespace) -> None:
         results = []
         for size in sizes:
             loaded = load_drafter(checkpoint, size)
-            target = target_for(loaded, options)
+            target = target_for([loaded], options)
             prompts, follow_up = prompts_for(target, options)
-            results.append(report([loaded], target, prompts, follow_up, settings, features))
+            result = report([loaded], target, prompts, follow_up, settings, features)
+            result["overlap"] = overlap_with_runs([loaded], prompts, target.tokenizer)
+            results.append(result)
         return results
 
     ablation = Ablation(
@@ -79,7 +84,8 @@ def run_ablation(options: argparse.Namespace) -> None:
         measure=measure,
         measured_as=measured_as(options),
         overrides=options.overrides,
-        record=where_and_when(torch.device(options.device or default_device())),
+        record=where_and_when(torch.device(device_for(options))),
+        fresh=options.fresh,
     )
     if options.dry_run:
         print("\n".join(ablation.pending(grids, options.seeds)))
@@ -102,16 +108,36 @@ def train_row(arguments: list[str], run_dir: Path) -> None:
         sys.argv = own
 
 
-def target_for(drafter: LoadedDrafter, options: argparse.Namespace) -> Target:
-    """Returns the target that the options name, or else the drafter's own."""
-    path = options.target or drafter.target_path
+def load_all(paths: Sequence[str], block_size: int | None) -> tuple[list[LoadedDrafter], list[str]]:
+    """Returns the drafters that can be read, under names that tell them apart, and the errors.
+
+    Raises:
+        UserError: None can be read.
+    """
+    drafters: list[LoadedDrafter] = []
+    errors: list[UserError] = []
+    for path in paths:
+        try:
+            drafters.append(load_drafter(path, block_size))
+        except UserError as error:
+            errors.append(error)
+    if not drafters:
+        raise errors[0]
+    return name_apart(drafters), [str(error) for error in errors]
+
+
+def target_for(drafters: Sequence[LoadedDrafter], options: argparse.Namespace) -> Target:
+    """Returns the target that the options name, or else the first that a drafter names."""
+    device = device_for(options)
+    naming = next((drafter for drafter in drafters if drafter.target_path), drafters[0])
+    path = options.target or naming.target_path
     if path is None:
-        raise UserError(f"{drafter.name} does not say what its target is; pass --target.")
+        raise UserError(f"{naming.name} does not say what its target is; pass --target.")
     return load_target(
         path,
-        gguf_file=options.gguf_file or (None if options.target else drafter.target_gguf_file),
-        dtype=options.dtype or drafter.target_dtype,
-        device=options.device or default_device(),
+        gguf_file=options.gguf_file or (None if options.target else naming.target_gguf_file),
+        dtype=options.dtype or naming.target_dtype,
+        device=device,
         revision=None,
         trust_remote_code=options.trust_remote_code,
     )
@@ -130,8 +156,10 @@ def prompts_for(target: Target, options: argparse.Namespace) -> tuple[list[Promp
     )
 
 
-def default_device() -> str:
-    """Returns "cuda" where torch sees a GPU, else "cpu"."""
+def device_for(options: argparse.Namespace) -> str:
+    """Returns the device that the options name, or else cuda where torch sees a GPU."""
+    if options.device:
+        return check_device(options.device)
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

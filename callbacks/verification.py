@@ -19,8 +19,7 @@ from torch import Tensor
 
 from callbacks.checkpoints import MONITOR
 from callbacks.run_files import flatten
-from data.conversations import RowSet
-from data.prompt_sets import load_prompts
+from data.prompt_sets import held_out_prompts, load_prompts
 from drafter.errors import UserError
 from drafter.evaluation.measure import DrafterMetrics, FeatureStore, MeasuredResponse, measure
 from drafter.evaluation.trajectories import (
@@ -35,7 +34,6 @@ from drafter.files import cache_root
 from drafter.ranks import sum_over_ranks
 from drafter.sampling import Sampling
 
-HELD_OUT = "held_out"
 ALL_SETS = ""
 
 
@@ -288,19 +286,6 @@ class SpeculativeVerification(Callback):
         if len(lengths):
             writer.add_histogram("val/round_lengths", lengths, global_step=step)
         writer.add_text("val/sample", verified.sample, global_step=step)
-
-
-def held_out_prompts(rows: RowSet, limit: int | None) -> list[EvalPrompt]:
-    """Returns the first turn of held-out rows: what stands before the first supervised token."""
-    prompts = []
-    for row in rows[:limit]:
-        supervised = np.flatnonzero(row.supervised)
-        start = int(supervised[0])
-        gaps = np.flatnonzero(np.diff(supervised) > 1)
-        end = int(supervised[gaps[0]] if len(gaps) else supervised[-1]) + 1
-        ids = row.input_ids.tolist()
-        prompts.append(EvalPrompt(HELD_OUT, row.sample_id, ids[:start], ids[start:end]))
-    return prompts
 
 
 def marked_sample(response: MeasuredResponse, tokenizer: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmarks import benchmark_rows
-from data.prompt_sets import FollowUps, Prompt, load_prompt_sets, load_prompts
+from data.prompt_sets import FollowUps, NoPromptLeft, Prompt, load_prompt_sets, load_prompts
 from drafter.errors import UserError
 from drafter.target import Target
 
@@ -55,17 +55,38 @@ def load_eval_prompts(
     }
     given = list(files)
     prompts: list[Prompt] = []
+    empty: list[UserError] = []
     if benchmark_dir:
         folder = Path(benchmark_dir)
         named = [str(folder / f"{name}.jsonl") for name in benchmarks]
         given += named or [str(folder)]
     elif benchmarks:
         rows = benchmark_rows(benchmarks)
-        prompts += load_prompt_sets(rows, target.tokenizer, source="benchmarks", **common)
+        try:
+            prompts += load_prompt_sets(rows, target.tokenizer, source="benchmarks", **common)
+        except NoPromptLeft as error:
+            empty.append(error)
     if given:
-        prompts += load_prompts(given, target.tokenizer, **common)
+        try:
+            found = load_prompts(given, target.tokenizer, **common)
+        except NoPromptLeft as error:
+            empty.append(error)
+        else:
+            twice = {p.set_name for p in found} & {p.set_name for p in prompts}
+            if twice:
+                raise UserError(
+                    f"{', '.join(sorted(twice))} names both a benchmark and a prompt file; rename "
+                    "the file."
+                )
+            prompts += found
     if not prompts:
-        raise UserError("nothing to measure on: pass --benchmarks, --benchmark-dir or --prompts.")
+        raise (
+            empty[0]
+            if empty
+            else UserError(
+                "nothing to measure on: pass --benchmarks, --benchmark-dir or --prompts."
+            )
+        )
     reasons = Counter((entry.set_name, entry.reason) for entry in follow_up.skipped)
     for (name, reason), count in reasons.items():
         print(f"left out: {name}: {count} x {reason}")

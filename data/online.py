@@ -116,6 +116,10 @@ class OnlineHiddenStates(LightningDataModule):
         assert self._target is not None, "setup() has not run"
         return self._target
 
+    def use_target(self, target: Target) -> None:
+        """Gives the module a target that is loaded already."""
+        self._target = target
+
     @property
     def train_rows(self) -> RowSet:
         """The rows trained on, loaded by `setup("fit")`."""

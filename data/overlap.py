@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -140,8 +141,13 @@ def overlap_with_runs(
             found[loaded.name] = "not checked: its training data is not recorded beside it"
             continue
         data = yaml.safe_load(loaded.run_config.read_text()).get("data", {})
+        files = data.get("train_data")
+        files = [files] if isinstance(files, str) else files or []
+        if not all(Path(file).exists() for file in files):
+            found[loaded.name] = "not checked: its training rows are not files on this machine"
+            continue
         held_out = data.get("val_rows", 0) if data.get("val_data") is None else 0
-        key = json.dumps([data.get("train_data"), held_out, data.get("limit_rows")])
+        key = json.dumps([files, held_out, data.get("limit_rows"), data.get("train_split")])
         if key not in checked:
             try:
                 texts = training_texts(

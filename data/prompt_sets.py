@@ -9,16 +9,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.formats import check_range, prompt_messages, row_messages, token_ids
 from data.render import ChatFormat, Message, TemplateRefusal
+from data.rows import TokenRow
 from data.sources import Source, read_file_leniently
 from drafter.errors import UserError
 from drafter.evaluation.trajectories import EvalPrompt, Skipped, Trajectory
+
+AVERAGE = "average"
+HELD_OUT = "held_out"
+"""Name of the prompt set that a run's held-out rows make."""
 
 log = logging.getLogger(__name__)
 
 Rows = Iterable[tuple[str, dict[str, Any] | UserError]]
 """(where, row) pairs in order, with an error in the place of a malformed row."""
+
+
+class NoPromptLeft(UserError):
+    """Sets were read, and nothing of them can be used."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,8 @@ def load_prompt_sets(
     last = None if limit is None else skip + limit
     refused: list[Skipped] = []
     prompts: list[Prompt] = []
+    if AVERAGE in sets:
+        raise UserError(f"{source}: a prompt set can't be named {AVERAGE!r}; rename it")
     for name, rows in sets.items():
         read: list[Prompt] = []
         for index, (where, data) in islice(enumerate(rows), skip, last):
@@ -134,7 +147,7 @@ def load_prompt_sets(
         skipped += refused
     if not prompts:
         reasons = "; ".join(sorted({entry.reason for entry in refused})[:3])
-        raise UserError(
+        raise NoPromptLeft(
             f"{source}: no prompt is left (skip {skip}, limit {limit}, max_prompt_tokens "
             f"{max_prompt_tokens}){': ' if reasons else ''}{reasons}"
         )
@@ -194,6 +207,9 @@ class FollowUps:
         if not self.has_next(prompt):
             return None
         turn = prompt.turn + 1
+        if not prompt.turns[turn].strip():
+            self._skip(replace(prompt, turn=turn), "the turn is empty")
+            return None
         reply = self.tokenizer.decode(trajectory.ids, skip_special_tokens=True)
         messages = (
             *prompt.messages,
@@ -215,7 +231,21 @@ class FollowUps:
         return replace(following, text=text, ids=ids)
 
     def _skip(self, prompt: Prompt, reason: str) -> None:
+        print(f"left out: {prompt.set_name} {prompt.prompt_id}, turn {prompt.turn + 1}: {reason}")
         self.skipped.append(Skipped(prompt.set_name, prompt.prompt_id, prompt.turn, reason))
+
+
+def held_out_prompts(rows: Sequence[TokenRow], limit: int | None) -> list[EvalPrompt]:
+    """Returns the first turn of held-out rows: what stands before the first supervised token."""
+    prompts = []
+    for row in rows[:limit]:
+        supervised = np.flatnonzero(row.supervised)
+        start = int(supervised[0])
+        gaps = np.flatnonzero(np.diff(supervised) > 1)
+        end = int(supervised[gaps[0]] if len(gaps) else supervised[-1]) + 1
+        ids = row.input_ids.tolist()
+        prompts.append(EvalPrompt(HELD_OUT, row.sample_id, ids[:start], ids[start:end]))
+    return prompts
 
 
 class _Renderer:
@@ -272,9 +302,12 @@ def _asked(data: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, 
         _check_says_something(turns[0], where)
         return [{"role": "user", "content": turns[0]}], tuple(turns)
     messages = row_messages(data, where) or prompt_messages(data, where)
-    turns = tuple(_text(message) for message in messages if message["role"] == "user")
     roles = [message["role"] for message in messages]
-    before = messages[: roles.index("assistant")] if "assistant" in roles else messages
+    first = roles.index("assistant") if "assistant" in roles else len(roles)
+    before, after = messages[:first], messages[first:]
+    asked = [_text(message) for message in before if message["role"] == "user"]
+    later = [_text(message) for message in after if message["role"] == "user"]
+    turns = ("\n\n".join(asked), *later)
     if not before:
         raise UserError(f"{where}: no prompt comes before the first assistant turn")
     _check_says_something("".join(map(_text, before)), where)

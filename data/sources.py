@@ -196,16 +196,20 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
                 yield where, row
 
 
-def _list_rows(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _list_rows(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from error
-    for index, row in enumerate(rows):
+    for index, value in enumerate(rows):
         where = f"{path}, element {index}"
-        yield where, _as_row(row, where)
+        try:
+            row: dict[str, Any] | UserError = _as_row(value, where)
+        except UserError as error:
+            row = error
+        yield where, row
 
 
 def _parse(line: bytes, where: str) -> Any:

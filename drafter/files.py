@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -26,6 +27,26 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def replace_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make a file aside, flushes it, and gives it its name.
+
+    Args:
+        path: Its folder is made if need be.
+        write: Writes the path that it is given; for files too large to hold in memory twice.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        aside.unlink(missing_ok=True)
         raise
 
 

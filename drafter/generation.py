@@ -9,8 +9,9 @@ that its prompt is generated in.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ from drafter.target_session import frozen
 
 if TYPE_CHECKING:
     from drafter.target import Target
+
+
+Watch = Callable[[int, int, Tensor], None]
 
 
 @dataclass
@@ -53,6 +57,7 @@ def generate(
     prompt_ids: Sequence[int] | None,
     batch_size: int,
     progress: bool | tqdm,
+    watch: Watch | None = None,
 ) -> list[Response]:
     """Returns a response to every prompt, in the order given.
 
@@ -65,6 +70,8 @@ def generate(
         prompt_ids: With the seed, the keys of the random numbers; None for 0, 1, 2, ...
         batch_size: Prompts at once; those of similar length go together.
         progress: Show a bar; or a bar of the caller's to move on by every finished response.
+
+        watch: Called with (prompt's place, step, its logits (V,)) for every token that is chosen.
 
     Raises:
         UserError: batch_size is not positive. (`Target.generate` checks the prompts.)
@@ -84,12 +91,18 @@ def generate(
         for start in range(0, len(prompts), batch_size):
             chosen = by_length[start : start + batch_size]
             batch = _Batch(target, [prompts[i] for i in chosen], [keys[i] for i in chosen])
+            if watch is not None:
+                batch.watch = functools.partial(_watched, watch, chosen)
             answers = batch.run(max_new_tokens, sampling, seed, bar)
             for i, response in zip(chosen, answers, strict=True):
                 responses[i] = response
                 tokens += len(response.ids)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - begun):.0f} tokens/s")
     return responses
+
+
+def _watched(watch: Watch, places: Sequence[int], row: int, step: int, logits_V: Tensor) -> None:
+    watch(places[row], step, logits_V)
 
 
 class _Batch:
@@ -109,6 +122,7 @@ class _Batch:
             self.mask_BS[row, longest - len(prompt) :] = 1
         self.lengths_B = self.mask_BS.sum(1)
         self.cache = DynamicCache()  # whole context in every layer, see TargetSession
+        self.watch: Watch | None = None
 
     def run(self, max_new_tokens: int, sampling: Sampling, seed: int, bar: tqdm) -> list[Response]:
         """Returns the responses, in the order of the prompts; moves `bar` on as each ends."""
@@ -139,6 +153,9 @@ class _Batch:
                 position_ids=positions_BS,
             )
             logits_BV = self.target.head.logits(last_BSD[:, -1])
+            if self.watch is not None:
+                for place, row in enumerate(rows):
+                    self.watch(row, step, logits_BV[place])
             if sampling.greedy:
                 chosen_B = argmax(logits_BV)
             else:

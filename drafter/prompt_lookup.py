@@ -1,16 +1,17 @@
 """Prompt lookup: drafts copied from where the newest tokens stood before. The baseline to beat.
 
-The longest n-gram at the end of the context that occurs earlier in it is looked up, its latest
-occurrence first; what followed it there is the draft. No model, so a round costs the target only.
+The longest n-gram at the end of the context that occurs earlier in it is looked up: its latest
+occurrence with a whole draft behind it, or else the one with most behind it. What followed it there
+is the draft. No model, so a round costs the target only.
 
 Legend: n drafted tokens, N most of them, V vocabulary.
-Source: "prompt lookup decoding" (Saxena 2023), as transformers' `prompt_lookup_num_tokens`.
+Source: "prompt lookup decoding" (Saxena 2023).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,26 +21,47 @@ from drafter.decoding import CachedTarget
 LONGEST_NGRAM = 3
 
 
-def look_up(tokens: Sequence[int], most: int, longest: int = LONGEST_NGRAM) -> list[int]:
-    """Returns up to `most` tokens that followed the latest earlier copy of the context's end.
+class NGramIndex:
+    """Where every n-gram of a growing context ends, so that a look-up does not scan it.
 
     Args:
-        tokens: The context, newest last.
-        most: N.
         longest: Longest n-gram to look for; shorter ones are tried after it.
-
-    Example:
-        >>> look_up([5, 6, 7, 8, 5, 6], most=3)
-        [7, 8, 5]
-        >>> look_up([1, 2, 3], most=3)
-        []
     """
-    for length in range(min(longest, len(tokens) - 1), 0, -1):
-        end = list(tokens[-length:])
-        for start in range(len(tokens) - length - 1, -1, -1):
-            if tokens[start : start + length] == end:
-                return list(tokens[start + length : start + length + most])
-    return []
+
+    def __init__(self, longest: int = LONGEST_NGRAM) -> None:
+        self.tokens: list[int] = []
+        self._longest = longest
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Appends tokens to the context."""
+        for token in tokens:
+            self.tokens.append(token)
+            end = len(self.tokens)
+            for length in range(1, min(self._longest, end) + 1):
+                self._ends.setdefault(tuple(self.tokens[end - length :]), []).append(end)
+
+    def look_up(self, most: int) -> list[int]:
+        """Returns up to `most` tokens that followed an earlier copy of the context's end.
+
+        Example:
+            >>> index = NGramIndex()
+            >>> index.extend([5, 6, 7, 8, 5, 6])
+            >>> index.look_up(most=3)
+            [7, 8, 5]
+            >>> index.extend([1])
+            >>> index.look_up(most=3)
+            []
+        """
+        size = len(self.tokens)
+        for length in range(min(self._longest, size - 1), 0, -1):
+            newest = tuple(self.tokens[size - length :])
+            ends = self._ends[newest][:-1]  # the last of them is the context's own end
+            if not ends:
+                continue
+            whole = next((end for end in reversed(ends) if end + most <= size), ends[0])
+            return self.tokens[whole : whole + most]
+        return []
 
 
 class PromptLookup:
@@ -59,10 +81,13 @@ class PromptLookup:
         self.block_size = block_size
         self._vocab_size = vocab_size
         self._device = device
+        self._index = NGramIndex()
 
     def draft(self, anchor_id: int) -> Tensor:
         """See `DrafterEngine`; logits that leave no choice, at any temperature."""
-        found = look_up([*self._engine.committed, anchor_id], self.block_size - 1)
+        known = len(self._index.tokens)
+        self._index.extend([*self._engine.committed, anchor_id][known:])
+        found = self._index.look_up(self.block_size - 1)
         logits_nV = torch.full((len(found), self._vocab_size), -math.inf, device=self._device)
         index = torch.tensor(found, dtype=torch.long, device=self._device)
         return logits_nV.scatter_(-1, index.view(-1, 1), 0.0)

@@ -4,7 +4,7 @@ Given a response that the target generated, one teacher-forced drafter pass over
 says what every block would have drafted, and so which rounds the real loop would have made.
 
 Legend: S tokens of prompt and response, R response tokens, N drafted slots, K block size,
-L tapped layers, D hidden size, T response positions that can be anchors (R - 1).
+L tapped layers, D hidden size, T response positions that can be anchors (R - 1), C of them.
 
 Sources: method.md, Replay. Greedy: a slot is accepted iff its draft is the trajectory's token.
 Rejection sampling: given the target's sampled token x, "it was accepted" has probability
@@ -13,7 +13,7 @@ min(1, q(x)/p(x)) independently of everything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +33,7 @@ __all__ = [
     "SlotResults",
     "count_decoded",
     "count_rounds",
+    "replay_logits",
     "replay_slots",
     "thin",
     "waste_by_anchor",
@@ -73,29 +74,21 @@ def replay_slots(
             "a response lacks the target's log-probabilities, which replay at a temperature needs; "
             "let the target generate the responses (trust_responses off), or use temperature 0."
         )
-    block_size, mask_id = drafter.config.block_size, drafter.config.mask_token_id
+    block_size = drafter.config.block_size
     device, total = input_ids.device, len(input_ids)
     response = total - prompt_length
     if response == 1:  # its only token is prefill's: no anchor, no round
         none = np.zeros((0, block_size - 1), dtype=bool)
         return SlotResults(none.astype(np.int64), none, none, none.astype(np.float64))
-    offsets_K = torch.arange(block_size, device=device)
-    context = drafter.encode_context(hidden_states, torch.arange(total, device=device)[None])
-    document_ids = torch.zeros(1, total, dtype=torch.long, device=device)
     anchors_T = torch.arange(prompt_length, total - 1, device=device)
-    index_TN = anchors_T[:, None] - prompt_length + offsets_K[1:]
+    offsets_N = torch.arange(1, block_size, device=device)
+    index_TN = anchors_T[:, None] - prompt_length + offsets_N
     valid_TN = index_TN < response
     labels_TN = input_ids[prompt_length + index_TN.clamp(max=response - 1)]
     drafts, chosen = [], []
-    for part_C, labels_CN in zip(
-        anchors_T.split(anchors_per_chunk), labels_TN.split(anchors_per_chunk), strict=True
-    ):
-        block_ids = block_input_ids(input_ids[part_C][None], block_size, mask_id)
-        # every trajectory has its own length: a compiled kernel would be compiled for each
-        visibility = build_visibility(part_C[None], document_ids, block_size, "sdpa")
-        positions = part_C[None, :, None] + offsets_K
-        hidden = drafter.denoise(embed(block_ids), positions, context, visibility)
-        flat_states, flat_labels = hidden[0, :, 1:].flatten(0, 1), labels_CN.flatten()
+    chunks = _chunks(drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk)
+    for hidden_CND, labels_CN in zip(chunks, labels_TN.split(anchors_per_chunk), strict=True):
+        flat_states, flat_labels = hidden_CND.flatten(0, 1), labels_CN.flatten()
         rows = head.chunk_rows()
         for states, labels in zip(flat_states.split(rows), flat_labels.split(rows), strict=True):
             logits = head.logits(states)
@@ -121,6 +114,71 @@ def replay_slots(
         accept_TN.cpu().numpy(),
         zero_target,
     )
+
+
+@torch.no_grad()
+def replay_logits(
+    drafter: Drafter,
+    embed: Callable[[Tensor], Tensor],
+    head: FrozenHead,
+    hidden_states: Tensor,
+    input_ids: Tensor,
+    prompt_length: int,
+    anchor: int,
+    *,
+    anchors_per_chunk: int = 64,
+) -> Tensor:
+    """Returns the logits (N, V) that `replay_slots` drafted from at one response token.
+
+    The same chunk of blocks and the same rows of the head run again, so that rounding is the same.
+
+    Args:
+        drafter: As `replay_slots`, like the others.
+        embed: The target's embedding.
+        head: The target's head.
+        hidden_states: (1, S, L*D).
+        input_ids: (S,).
+        prompt_length: Prompt tokens.
+        anchor: Place in the response.
+        anchors_per_chunk: As it was there.
+    """
+    anchors_T = torch.arange(prompt_length, len(input_ids) - 1, device=input_ids.device)
+    chunks = _chunks(drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk)
+    for number, hidden_CND in enumerate(chunks):
+        place = anchor - number * anchors_per_chunk
+        if place < len(hidden_CND):
+            drafted = hidden_CND.shape[1]
+            first, found = place * drafted, []
+            rows = head.chunk_rows()
+            for start, states in enumerate(hidden_CND.flatten(0, 1).split(rows)):
+                begin, end = start * rows, start * rows + len(states)
+                if begin < first + drafted and end > first:
+                    logits = head.logits(states)
+                    found.append(logits[max(0, first - begin) : first + drafted - begin])
+            return torch.cat(found)
+    raise AssertionError("no block has its anchor there")
+
+
+def _chunks(
+    drafter: Drafter,
+    embed: Callable[[Tensor], Tensor],
+    hidden_states: Tensor,
+    input_ids: Tensor,
+    anchors_T: Tensor,
+    anchors_per_chunk: int,
+) -> Iterator[Tensor]:
+    """Yields the states (C, N, D) of the drafted slots, a chunk of C anchors at a time."""
+    block_size, mask_id = drafter.config.block_size, drafter.config.mask_token_id
+    device, total = input_ids.device, len(input_ids)
+    offsets_K = torch.arange(block_size, device=device)
+    context = drafter.encode_context(hidden_states, torch.arange(total, device=device)[None])
+    document_ids = torch.zeros(1, total, dtype=torch.long, device=device)
+    for part_C in anchors_T.split(anchors_per_chunk):
+        block_ids = block_input_ids(input_ids[part_C][None], block_size, mask_id)
+        # every trajectory has its own length: a compiled kernel would be compiled for each
+        visibility = build_visibility(part_C[None], document_ids, block_size, "sdpa")
+        positions = part_C[None, :, None] + offsets_K
+        yield drafter.denoise(embed(block_ids), positions, context, visibility)[0, :, 1:]
 
 
 def thin(slots: SlotResults, *, seed: int, prompt_id: int) -> SlotResults:

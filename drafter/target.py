@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from drafter.errors import UserError
-from drafter.generation import Response, generate
+from drafter.generation import Response, Watch, generate
 from drafter.layer_ids import assert_finite_features, check_layer_ids, default_layer_ids
 from drafter.packing import unpack
 from drafter.sampling import GREEDY, Sampling
@@ -144,6 +144,18 @@ class Target:
         return len(self._embedding.weight)  # type: ignore[arg-type]
 
     @property
+    def embedding_weight(self) -> Tensor:
+        """(V, D), as stored: without the scaling that `embed` applies."""
+        weight = self._embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def embedding_scale(self) -> float:
+        """What `embed` multiplies rows of the embedding with."""
+        return float(self._embedding_scale)
+
+    @property
     def max_length(self) -> int:
         """Longest context in tokens."""
         return int(self.config.max_position_embeddings)
@@ -203,6 +215,10 @@ class Target:
                 layer_ids, taps_only=not last_hidden, input_ids=documents.input_ids
             )
             return Features(documents.pack(taps), documents.pack(last) if last_hidden else None)
+
+    def kept_features(self, tokens: Sequence[int], layer_ids: Sequence[int]) -> Tensor | None:
+        """Returns features (1, S, L*D) that are kept somewhere, or None; here none are."""
+        return None
 
     def run(
         self,
@@ -264,6 +280,7 @@ class Target:
         prompt_ids: Sequence[int] | None = None,
         batch_size: int = 32,
         progress: bool | tqdm = False,
+        watch: Watch | None = None,
     ) -> list[Response]:
         """Returns the target's responses; see `drafter.generation.generate`."""
         for index, prompt in enumerate(prompts):
@@ -282,6 +299,7 @@ class Target:
             prompt_ids=prompt_ids,
             batch_size=batch_size,
             progress=progress,
+            watch=watch,
         )
 
     def check_length(self, prompt_tokens: int, max_new_tokens: int, name: str = "A prompt") -> None:

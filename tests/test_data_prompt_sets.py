@@ -144,3 +144,10 @@ def test_the_six_benchmarks_load():
     assert all(len(p.turns) == 2 for p in prompts if p.set_name == "mt-bench")
     last = prompts[-1]
     assert last.ids == served(tokenizer, [user(last.turns[0])])
+
+
+def test_what_the_user_says_twice_in_a_row_is_one_turn(tmp_path):
+    rows = [{"messages": [user("one"), user("two"), assistant("x"), user("three")]}]
+    (prompt,) = load_prompts(write(tmp_path / "a.jsonl", rows), chatml())
+    assert prompt.turns == ("one\n\ntwo", "three")
+    assert prompt.messages == (user("one"), user("two"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -10,7 +11,8 @@ import yaml
 
 import evaluate
 from drafter.errors import UserError
-from drafter.evaluation.ablation import OLDER, read_grid
+from drafter.evaluation.ablation import OLDER
+from drafter.evaluation.recipes import file_stamp, read_grid
 from drafter.target import Target
 from tests.runs import ROOT, config
 from train import RUN_DIR_VARIABLE, main
@@ -79,10 +81,10 @@ def test_a_grid_loads_one_target_and_computes_features_once(place, monkeypatch):
     assert {(row["a"], row["b"]) for row in result["comparisons"]} == {("+ chain", "uniform")}
     assert "+ chain" in (place / "out" / "ablation.md").read_text()
     assert "<h1>grid</h1>" in (place / "out" / "ablation.html").read_text()
-    row = json.loads(next((place / "out" / "rows").glob("chain-seed1-*.json")).read_text())
+    row = json.loads(next((place / "out" / "rows").glob("chain-*-seed1-*.json")).read_text())
     assert row["settings"]["model"]["loss"]["alpha_chain"] == 40.0
     assert row["settings"]["seed_everything"] == 1
-    assert {"revision", "device_name", "train_seconds", "recipe", "measured_as"} <= row.keys()
+    assert {"revision", "device_name", "train_seconds", "family", "measured_as"} <= row.keys()
 
 
 def test_rows_that_are_there_are_skipped_and_older_recipes_marked(place, capsys):
@@ -100,7 +102,10 @@ def test_rows_that_are_there_are_skipped_and_older_recipes_marked(place, capsys)
     assert printed.count("is there: ") == 1
     assert printed.count("trains in") == 1
     (result,) = results(place)
-    assert [d["name"] for d in result["drafters"]] == ["uniform", "+ chain", f"+ chain{OLDER}"]
+    names = [d["name"] for d in result["drafters"]]
+    assert names[:2] == ["uniform", "+ chain"]
+    assert len(names) == 3
+    assert names[2].startswith(f"+ chain{OLDER}")
     assert not any(OLDER in row["a"] + row["b"] for row in result["comparisons"])
 
 
@@ -117,22 +122,71 @@ def test_killed_between_training_and_measuring_it_does_not_train_again(place, mo
     assert capsys.readouterr().out.count("trains in") == 1  # the other row
 
 
-def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(place, capsys):
-    from drafter.evaluation.ablation import Ablation
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(place, monkeypatch, capsys):
+    from drafter.module import DrafterModule
 
-    grid = read_grid(place / "grid.yaml")
+    steps = []
+    real = DrafterModule.training_step
+
+    def counted(self, batch, batch_idx):
+        steps.append(self.global_step)
+        if len(steps) == 8:  # in the second of three epochs of 5 steps
+            raise RuntimeError("cut off")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(DrafterModule, "training_step", counted)
+    epochs = ["--trainer.max_epochs=3"]
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(place, overrides=epochs)
+    del steps[:]
+    monkeypatch.setattr(DrafterModule, "training_step", real)
     seen = []
+    monkeypatch.setattr(
+        DrafterModule,
+        "training_step",
+        lambda self, batch, i: seen.append(self.global_step) or real(self, batch, i),
+    )
+    run(place, overrides=epochs)
+    assert seen[:10] == list(range(5, 15))  # on from the first epoch's checkpoint
+    assert seen[10:] == list(range(15))  # the other row, whole
 
-    def train(arguments, run_dir):
-        seen.append(run_dir)
-        assert "--seed_everything=0" in arguments
-        raise RuntimeError("cut off")
 
-    ablation = Ablation(place / "out", train, lambda *a: [], {})
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            ablation.run([grid], 1)
-    assert seen[0] == seen[1]  # the same folder, where train.py finds its last checkpoint
+def test_other_prompts_and_fewer_seeds_are_no_older_recipes(place):
+    run(place, seeds=2)
+    whole = results(place)
+    run(place, "--limit", "2")
+    assert [d["name"] for d in results(place)[0]["drafters"]] == ["uniform", "+ chain"]
+    assert [d["runs"] for d in results(place)[0]["drafters"]] == [1, 1]
+    run(place, seeds=2)
+    assert results(place) == whole
+
+
+def test_two_older_recipes_are_two_rows(place):
+    for chain in (5.0, 6.0, 40.0):
+        write_grid(place, place / "base.yaml", chain=chain)
+        run(place)
+    names = [d["name"] for d in results(place)[0]["drafters"]]
+    assert len(names) == len(set(names)) == 4
+    assert sum(OLDER in name for name in names) == 2
+
+
+def test_changed_data_and_prompts_are_seen(place, capsys):
+    run(place)
+    rows = place / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("One, two, three.", "One, two, four.."))
+    file_stamp.cache_clear()
+    capsys.readouterr()
+    run(place)
+    assert capsys.readouterr().out.count("trains in") == 2
+    prompts = place / "prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("three", "seven"))
+    file_stamp.cache_clear()
+    run(place)
+    printed = capsys.readouterr().out
+    assert "trains in" not in printed
+    assert "is there" not in printed  # measured on other prompts now
+    run(place, "--fresh")
+    assert "is there" not in capsys.readouterr().out
 
 
 def test_block_sizes_of_training_against_those_of_inference(place):
@@ -166,13 +220,19 @@ def test_a_dry_run_lists_rows_and_trains_none(place, capsys):
         ("rows: [{name: a, seeds: 3}]", "fields other than name"),
         ("rows: [{name: a, configs: [nowhere.yaml]}]", "there is no config nowhere.yaml"),
         ("rows: []", "a grid has `base`, `rows`"),
+        ("rows: [{name: a, flags: {trainer: {max_steps: 3}}}]", "changes trainer.max_steps"),
+        ("rows: [{name: a, flags: {seed_everything: 3}}]", "sets seed_everything, which"),
+        ("rows: [{name: a, flags: [x]}]", "flags of row 'a' must be settings"),
+        ("{rows: [{name: a}], block_sizes: 8}", "block_sizes must be a list"),
+        ("{rows: [{name: a}], block_sizes: [1, 8]}", "block_size is 1"),
+        ("- a", "a grid is a mapping"),
         ("rows: [", "is not YAML"),
     ],
 )
 def test_a_wrong_grid_is_one_sentence(tmp_path, grid, said):
     path = tmp_path / "grid.yaml"
     path.write_text(grid)
-    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(said)):
         read_grid(path)
     with pytest.raises(UserError, match="no such grid"):
         read_grid(tmp_path / "none.yaml")

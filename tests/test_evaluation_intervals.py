@@ -25,6 +25,7 @@ from drafter.evaluation.trajectories import EvalPrompt, Trajectory
 from drafter.rounds import SlotResults, count_rounds
 
 NUM_DRAFTED = 5
+ZEROS = [0.0] * (len(CONTEXT_BOUNDS) + 1)
 
 
 def responses(count, seed, share=0.6, sampled=False, turns=1, set_name="s"):
@@ -101,7 +102,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(prompts):
         rounds = generator.integers(5, 30, size=prompts)
         emitted = rounds * 2.0 + generator.normal(0, 6, size=prompts)
         rows = [
-            Tally("s", i, 0, 1, 1, {"emitted": e, "rounds": float(r)}, [], [], [], [])
+            Tally("s", i, 0, "", 1, 1, {"emitted": e, "rounds": float(r)}, [], [], [], [])
             for i, (e, r) in enumerate(zip(emitted, rounds, strict=True))
         ]
         found = estimate_figures([rows], "s", resamples=500, seed=repeat)
@@ -187,3 +188,39 @@ def test_rounds_are_told_apart_by_their_anchors_context():
     assert rounds[0] == counts.visits[:4].sum()
     assert rounds[1] == counts.visits[4:].sum()
     assert len(rounds) == len(CONTEXT_BOUNDS) + 1
+
+
+def test_a_run_is_the_same_drafter_on_every_set():
+    """With the same effect of a seed on all sets, averaging over sets narrows nothing."""
+    runs = []
+    for level in (2.0, 2.5, 3.0):
+        counts = {"emitted": level, "rounds": 1.0}
+        runs.append(
+            [
+                Tally(name, i, 0, "", 1, 1, counts, [], [], ZEROS, ZEROS)
+                for name in "abcdef"
+                for i in range(20)
+            ]
+        )
+    found = describe(runs)
+    one, average = found["sets"]["a"]["accepted_length"], found["average"]["accepted_length"]
+    assert average["high"] - average["low"] == pytest.approx(one["high"] - one["low"], abs=0.02)
+    assert one["high"] - one["low"] > 0.5
+
+
+def test_one_prompt_has_no_interval_and_no_verdict():
+    base = tallies(1, seed=5)
+    better = [changed(row, emitted=row.counts["emitted"] * 1.2) for row in base]
+    assert np.isnan(estimate_figures([base], "s").estimate("accepted_length").low)
+    assert {row["verdict"] for row in compare([better], [base])} == {"not told apart"}
+    many = tallies(30, seed=2, set_name="t")
+    assert np.isnan(describe([base + many])["average"]["accepted_length"]["low"])
+
+
+def test_a_paired_average_is_over_the_sets_that_both_have_the_figure_on():
+    shared = tallies(9, seed=1, set_name="x")
+    a = shared + tallies(9, seed=2, set_name="y")
+    b = shared + [changed(row, matched=0.0, wasted=0.0) for row in a if row.set_name == "y"]
+    (row,) = (r for r in compare([a], [b]) if (r["figure"], r["set"]) == ("waste_ratio", "average"))
+    assert row["difference"]["value"] == 0
+    assert row["verdict"] == "not told apart"

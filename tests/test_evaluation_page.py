@@ -74,6 +74,7 @@ def result():
                                 "bound": 0.1,
                                 "noise_ratio": 1.0,
                                 "explained": False,
+                                "reproduced": True,
                             }
                         ],
                     }

@@ -7,33 +7,44 @@ import pytest
 
 from drafter.evaluation.measure import decode_alone, decode_by_lookup
 from drafter.evaluation.trajectories import TrajectorySettings
-from drafter.prompt_lookup import look_up
+from drafter.prompt_lookup import NGramIndex
 from drafter.sampling import Sampling
 from tests.tiny import tiny_target
 
 
 def slow_look_up(tokens, most, longest):
-    """By string search over every length and place."""
-    best = None
-    for length in range(1, longest + 1):
-        for start in range(len(tokens) - length):
-            if length < len(tokens) and tokens[start : start + length] == tokens[-length:]:
-                best = (length, start)
-    if best is None:
-        return []
-    length, start = best
-    return tokens[start + length : start + length + most]
+    """All places of the longest n-gram, by comparing slices; the best of their continuations."""
+    for length in range(longest, 0, -1):
+        follow = [
+            tokens[start + length : start + length + most]
+            for start in range(len(tokens) - length)
+            if tokens[start : start + length] == tokens[len(tokens) - length :]
+        ]
+        if follow:
+            full = [draft for draft in follow if len(draft) == most]
+            return full[-1] if full else max(follow, key=len)
+    return []
 
 
-def test_the_longest_latest_match_is_continued():
+def test_the_longest_match_is_continued_as_far_as_can_be():
     generator = np.random.default_rng(0)
     found = 0
     for _ in range(300):
         tokens = generator.integers(0, 4, size=generator.integers(1, 14)).tolist()
+        index = NGramIndex(3)
+        for cut in np.array_split(np.array(tokens), 3):  # the context grows as in decoding
+            index.extend(cut.tolist())
         expected = slow_look_up(tokens, 5, 3)
-        assert look_up(tokens, 5, 3) == expected
+        assert index.look_up(5) == expected
         found += bool(expected)
     assert found > 200
+
+
+def test_a_loop_is_drafted_in_full():
+    for tokens in ([9] + [5] * 30, [1, 2, 3, 4] * 10):
+        index = NGramIndex()
+        index.extend(tokens)
+        assert len(index.look_up(15)) == 15
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -50,7 +61,7 @@ def test_its_text_is_the_targets_own(tmp_path, temperature):
 
 
 def test_lookup_with_a_temperature_keeps_the_targets_law(tmp_path):
-    """First two tokens of many draws against the target alone: total variation is noise."""
+    """Three tokens of many draws against the target alone: total variation is noise."""
     target = tiny_target(tmp_path)
     prompt = [7, 8, 9, 7]
     sampling = Sampling(1.0, top_k=2)

@@ -1,16 +1,4 @@
-"""Grids of recipes: trained and measured under one budget, row by row, in one process.
-
-A grid is a YAML file:
-
-    base: [configs/smollm2.yaml]      # configs of train.py, first to last
-    rows:
-      - name: uniform
-        configs: [configs/losses/uniform.yaml]
-      - name: full, K 8
-        configs: [configs/losses/full.yaml]
-        flags: {model.block_size: 8}
-    block_sizes: [8, 16]              # to decode with; default: each row's own
-    one_budget: true                  # rows may not change steps, rows of data or anchors
+"""Trains and measures grids of recipes under one budget, row by row, in one process.
 
 What is finished lies in a file of its own, named by everything that made it. Rows that are there
 are skipped; rows that an older recipe made are shown, and marked.
@@ -31,99 +19,15 @@ import yaml
 
 from drafter.errors import UserError
 from drafter.evaluation.intervals import RESAMPLES, Runs
+from drafter.evaluation.measured_sets import PROMPT_LOOKUP
+from drafter.evaluation.plan import clock
+from drafter.evaluation.recipes import Grid, Row
 from drafter.evaluation.results import FORMAT, compare, describe
 from drafter.evaluation.tallies import Tally
 from drafter.files import write_atomic
 
-ROW_FORMAT = 1
-OLDER = " [older recipe]"
-BUDGET = (
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.accumulate_grad_batches",
-    "data.limit_rows",
-    "data.num_anchors",
-    "data.batch_size",
-    "data.max_length",
-)
-"""Settings that rows of one budget share."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One recipe.
-
-    Attributes:
-        name: In tables.
-        configs: YAML files of train.py, the base's first.
-        flags: Dotted settings that win over them.
-    """
-
-    name: str
-    configs: tuple[str, ...]
-    flags: Mapping[str, Any] = field(default_factory=dict)
-
-    def arguments(self, seed: int, overrides: Sequence[str] = ()) -> list[str]:
-        """Returns the command line of train.py's `fit` for a run of it, run folder apart."""
-        out = [part for config in self.configs for part in ("--config", config)]
-        out += [*overrides, f"--seed_everything={seed}"]
-        return out + [f"--{key}={_yaml_value(value)}" for key, value in self.flags.items()]
-
-    def recipe(self, seed: int, overrides: Sequence[str] = ()) -> str:
-        """Returns 10 hex digits of a hash over everything that the training depends on."""
-        content = [yaml.safe_load(Path(config).read_text()) for config in self.configs]
-        made_of = [content, dict(self.flags), list(overrides), seed]
-        text = json.dumps(made_of, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Recipes that are compared."""
-
-    name: str
-    rows: tuple[Row, ...]
-    block_sizes: tuple[int | None, ...] = (None,)
-
-
-def read_grid(path: str | Path) -> Grid:
-    """Returns the grid in a YAML file; paths in it are relative to where the command runs.
-
-    Raises:
-        UserError: The file is missing or malformed, a row has no or another's name, a config is
-            not there, or a row changes the budget.
-    """
-    where = Path(path)
-    try:
-        content = yaml.safe_load(where.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such grid.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    known = {"base", "rows", "block_sizes", "one_budget"}
-    if not isinstance(content, dict) or not content.get("rows") or set(content) - known:
-        raise UserError(f"{path}: a grid has `base`, `rows`, and perhaps block_sizes, one_budget.")
-    base = _paths(content.get("base", []), f"{path}: base")
-    rows: list[Row] = []
-    for entry in content["rows"]:
-        if not isinstance(entry, dict) or not entry.get("name"):
-            raise UserError(f"{path}: every row needs a name, and may have configs and flags.")
-        name = str(entry["name"])
-        if set(entry) - {"name", "configs", "flags"}:
-            raise UserError(f"{path}: row {name!r} has fields other than name, configs and flags.")
-        if name in {row.name for row in rows}:
-            raise UserError(f"{path}: two rows are named {name!r}.")
-        configs = _paths(entry.get("configs", []), f"{path}: row {name!r}")
-        row = Row(name, (*base, *configs), entry.get("flags") or {})
-        changed = _budget_changes(row, len(base))
-        if content.get("one_budget", True) and changed:
-            raise UserError(
-                f"{path}: row {name!r} changes {', '.join(changed)}, so its budget is not the "
-                "others'; say one_budget: false if that is meant."
-            )
-        rows.append(row)
-    sizes = tuple(content.get("block_sizes") or (None,))
-    return Grid(where.stem, tuple(rows), sizes)
+ROW_FORMAT = 2
+OLDER = " [older recipe"
 
 
 @dataclass
@@ -137,6 +41,7 @@ class Ablation:
         measured_as: Plain values that figures depend on beside the drafter; part of a row's name.
         overrides: Further arguments of `fit` for every row.
         record: Plain values for the record: revision, device.
+        fresh: Measure finished rows again.
     """
 
     folder: Path
@@ -145,6 +50,7 @@ class Ablation:
     measured_as: Mapping[str, Any]
     overrides: Sequence[str] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
     def run(self, grids: Sequence[Grid], seeds: int) -> None:
         """Trains and measures what is not there yet; all rows of a seed before the next seed."""
@@ -155,32 +61,44 @@ class Ablation:
 
     def pending(self, grids: Sequence[Grid], seeds: int) -> list[str]:
         """Returns what `run` would do, a line each."""
-        lines = []
+        lines, waiting = [], 0
         for seed in range(seeds):
             for grid in grids:
                 for row in grid.rows:
-                    recipe = row.recipe(seed, self.overrides)
-                    if self._row_path(row, seed, recipe, grid.block_sizes).exists():
+                    if self._row_path(grid, row, seed).exists():
                         state = "done"
-                    elif self._trained(recipe):
+                    elif self._trained(row, seed):
                         state = "trained, to be measured"
                     else:
-                        state = "to be trained and measured"
+                        state, waiting = "to be trained and measured", waiting + 1
                     lines.append(f"{grid.name}: {row.name}, seed {seed}: {state}")
+        known = [
+            json.loads(path.read_text())["seconds"]
+            for path in (self.folder / "runs").glob("*/finished.json")
+        ]
+        if waiting and known:
+            seconds = waiting * sum(known) / len(known)
+            size = waiting * _folder_bytes(self.folder / "runs") / len(known)
+            lines.append(
+                f"about {clock(seconds)} of training and {size / 1e6:.0f} MB of checkpoints, as "
+                f"the {len(known)} runs that are there took"
+            )
+        elif waiting:
+            lines.append("no run is finished yet, so there is nothing to estimate time from")
         return lines
 
     def _finish(self, grid: Grid, row: Row, seed: int) -> None:
-        recipe = row.recipe(seed, self.overrides)
-        path = self._row_path(row, seed, recipe, grid.block_sizes)
+        path = self._row_path(grid, row, seed)
         title = f"{grid.name}: {row.name}, seed {seed}"
-        if path.exists():
+        if path.exists() and not self.fresh:
             print(f"[{title}] is there: {path.name}", flush=True)
             return
-        run_dir = self.folder / "runs" / recipe
-        if not self._trained(recipe):
+        run_dir = self._run_dir(row, seed)
+        if not self._trained(row, seed):
             print(f"[{title}] trains in {run_dir}", flush=True)
             begun = time.perf_counter()
             self.train(row.arguments(seed, self.overrides), run_dir)
+            # of the last piece, where the run was cut off and went on
             seconds = {"seconds": time.perf_counter() - begun}
             write_atomic(run_dir / "finished.json", json.dumps(seconds))
         results = self.measure(run_dir, grid.block_sizes)
@@ -189,7 +107,8 @@ class Ablation:
             "grid": grid.name,
             "row": row.name,
             "seed": seed,
-            "recipe": recipe,
+            "family": row.family(self.overrides),
+            "measured": self._measured(grid),
             "settings": _run_config(run_dir),
             "measured_as": dict(self.measured_as),
             "train_seconds": json.loads((run_dir / "finished.json").read_text())["seconds"],
@@ -198,23 +117,26 @@ class Ablation:
         }
         write_atomic(path, json.dumps(content))
         lengths = ", ".join(
-            f"{drafter['name']} {_average(drafter):.3f}"
+            f"K {drafter['block_size']} {_average(drafter):.3f}"
             for result in results
-            for drafter in result["drafters"]
-            if drafter.get("figures")
+            for drafter in _models(result)
         )
-        print(f"[{title}] accepted length: {lengths}", flush=True)
+        print(f"[{title}] average accepted length: {lengths}", flush=True)
 
-    def _trained(self, recipe: str) -> bool:
-        return (self.folder / "runs" / recipe / "finished.json").exists()
+    def _trained(self, row: Row, seed: int) -> bool:
+        return (self._run_dir(row, seed) / "finished.json").exists()
 
-    def _row_path(
-        self, row: Row, seed: int, recipe: str, block_sizes: Sequence[int | None]
-    ) -> Path:
+    def _run_dir(self, row: Row, seed: int) -> Path:
+        return self.folder / "runs" / f"{row.family(self.overrides)}-seed{seed}"
+
+    def _measured(self, grid: Grid) -> str:
+        """Returns 6 hex digits of how rows are measured."""
+        text = json.dumps([dict(self.measured_as), list(grid.block_sizes)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+    def _row_path(self, grid: Grid, row: Row, seed: int) -> Path:
         """Grids that hold the same recipe share its row, whatever they call it."""
-        measured = json.dumps([dict(self.measured_as), list(block_sizes)], sort_keys=True)
-        suffix = hashlib.sha256(measured.encode()).hexdigest()[:6]
-        ending = f"seed{seed}-{recipe}-{suffix}.json"
+        ending = f"{row.family(self.overrides)}-seed{seed}-{self._measured(grid)}.json"
         rows = self.folder / "rows"
         found = sorted(rows.glob(f"*-{ending}"))
         return found[0] if found else rows / f"{slug(row.name)}-{ending}"
@@ -229,18 +151,19 @@ class Ablation:
 
     def _result(self, grid: Grid, seeds: int, resamples: int) -> dict[str, Any]:
         entries: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-        current: set[Path] = set()
+        families: dict[str, str] = {}
         for row in grid.rows:
+            families[row.name] = row.family(self.overrides)
             for seed in range(seeds):
-                path = self._row_path(row, seed, row.recipe(seed, self.overrides), grid.block_sizes)
+                path = self._row_path(grid, row, seed)
                 if path.exists():
-                    current.add(path)
-                    self._collect(entries, path, row.name)
-        names = {row.name for row in grid.rows}
+                    self._collect(entries, json.loads(path.read_text()), row.name)
         for path in sorted((self.folder / "rows").glob("*.json")):
             content = json.loads(path.read_text())
-            if path not in current and content["grid"] == grid.name and content["row"] in names:
-                self._collect(entries, path, f"{content['row']}{OLDER}")
+            name, family = content.get("row"), content.get("family")
+            mine = content.get("grid") == grid.name and name in families
+            if mine and content["measured"] == self._measured(grid) and family != families[name]:
+                self._collect(entries, content, f"{name}{OLDER} {family}]")
         if not entries:
             raise UserError(f"{self.folder}: no row of {grid.name} is finished yet.")
         first = next(iter(entries.values()))[0][1]
@@ -251,19 +174,39 @@ class Ablation:
             "grid": grid.name,
             "drafters": [_entry(name, found, resamples) for name, found in entries.items()],
             "comparisons": _comparisons(entries, resamples),
+            "overlap": {
+                name: found[0][1].get("overlap", {}).get(found[0][0]["name"], {})
+                for name, found in entries.items()
+            },
+            **{
+                key: [
+                    {**check, "drafter": name}
+                    for name, found in entries.items()
+                    for drafter, result in found
+                    for check in result.get(key) or []
+                    if check["drafter"] == drafter["name"]
+                ]
+                for key in ("audit", "agreement")
+            },
         }
 
     @staticmethod
-    def _collect(entries: dict[str, list[Any]], path: Path, name: str) -> None:
-        content = json.loads(path.read_text())
+    def _collect(entries: dict[str, list[Any]], content: dict[str, Any], name: str) -> None:
+        trained = content["settings"].get("model", {}).get("block_size")
         for result in content["results"]:
-            for drafter in result["drafters"]:
-                if drafter["block_size"] is None:  # prompt lookup
-                    continue
-                trained = content["settings"].get("model", {}).get("block_size")
+            for drafter in _models(result):
                 size = drafter["block_size"]
                 label = name if size == trained else f"{name} @ K {size}"
                 entries.setdefault(label, []).append((drafter, result))
+
+
+def _models(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the drafters that are models: prompt lookup is the same in every row."""
+    return [drafter for drafter in result["drafters"] if drafter["fingerprint"] != PROMPT_LOOKUP]
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _entry(
@@ -330,27 +273,3 @@ def slug(name: str) -> str:
 def _run_config(run_dir: Path) -> dict[str, Any]:
     files = sorted(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
     return yaml.safe_load(files[-1].read_text()) if files else {}
-
-
-def _budget_changes(row: Row, base_configs: int) -> list[str]:
-    changed = [key for key in BUDGET if key in row.flags]
-    for config in row.configs[base_configs:]:
-        content = yaml.safe_load(Path(config).read_text()) or {}
-        for key in BUDGET:
-            group, name = key.split(".")
-            if name in (content.get(group) or {}):
-                changed.append(key)
-    return changed
-
-
-def _paths(value: Any, where: str) -> list[str]:
-    paths = [value] if isinstance(value, str) else list(value or [])
-    for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"{where}: there is no config {path}.")
-    return [str(path) for path in paths]
-
-
-def _yaml_value(value: Any) -> str:
-    """Returns a value as train.py reads it from a flag."""
-    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()

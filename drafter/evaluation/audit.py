@@ -24,9 +24,16 @@ from torch import Tensor
 
 from drafter.blocks import block_input_ids
 from drafter.decoding import CachedDrafter, CachedTarget, DrafterEngine
-from drafter.evaluation.measure import run_loop
-from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySettings
+from drafter.evaluation.measure import FeatureStore, feature_batches, run_loop
+from drafter.evaluation.trajectories import (
+    EvalPrompt,
+    Trajectory,
+    TrajectorySettings,
+    batches_of,
+)
 from drafter.model import Drafter
+from drafter.replay import replay_logits
+from drafter.sampling import argmax
 from drafter.target import Target
 from drafter.target_loading import Loaded
 
@@ -48,6 +55,8 @@ class Divergence:
         noise_ratio: Error of the worse pass over that of the better, root mean square over the
             vocabulary.
         explained: Whether gap <= bound and noise_ratio <= MOST_NOISE_RATIO.
+        reproduced: Whether both passes, run again, chose these tokens; if not, nothing is known of
+            what they were, and the divergence counts as unexplained.
     """
 
     set_name: str
@@ -60,6 +69,7 @@ class Divergence:
     bound: float
     noise_ratio: float
     explained: bool
+    reproduced: bool = True
 
 
 MOST_NOISE_RATIO = 4.0
@@ -145,13 +155,28 @@ class Auditor:
         target: Frozen, at the dtype under audit.
         drafter: Unwrapped, likewise.
         settings: Of decoding.
+        prompts: All that are measured, every turn: a batch that answered one of them, or that gave
+            its features, is made again to have the very logits.
+        batch_size: Prompts that were answered together.
+        anchors_per_chunk: Blocks that were replayed together.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, settings: TrajectorySettings) -> None:
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        settings: TrajectorySettings,
+        prompts: Sequence[EvalPrompt] = (),
+        batch_size: int = 32,
+        anchors_per_chunk: int = 128,
+    ) -> None:
         assert settings.sampling.greedy
         self.target = target
         self.drafter = drafter
         self.settings = settings
+        self.prompts = list(prompts)
+        self.batch_size = batch_size
+        self.anchors_per_chunk = anchors_per_chunk
 
     @cached_property
     def _reference(self) -> tuple[Target, Drafter]:
@@ -183,6 +208,7 @@ class Auditor:
         ids: Sequence[int],
         lengths: Sequence[int],
         replayed: Sequence[int],
+        group: Sequence[Trajectory] = (),
     ) -> Divergence | None:
         """Returns where the real loop leaves replay; None if every round is the same.
 
@@ -191,6 +217,7 @@ class Auditor:
             ids: Response of the real loop.
             lengths: Its rounds.
             replayed: The rounds of replay.
+            group: The trajectories that were replayed with it, in order; () for it alone.
         """
         prompt = trajectory.prompt
         if list(lengths) == list(replayed) and list(ids) == trajectory.ids:
@@ -201,31 +228,65 @@ class Auditor:
             same += 1
         position = first_difference(ids, trajectory.ids)
         # the same draft is cut where the target's token differs, so not after the shorter round
-        end = anchor
+        shorter = 0
         if same < min(len(lengths), len(replayed)):
-            end += min(lengths[same], replayed[same])
-        if position is not None and position <= end:
+            shorter = min(lengths[same], replayed[same])
+        if position is not None and position <= anchor + shorter:
             tokens = _pair(ids, trajectory.ids, position)
             before = trajectory.ids[:position]
             passes = [
                 self._target_logits(prompt, position, speculating=True),
-                self._teacher_forced(self.target, prompt, before),
+                self._generated_logits(prompt, position),
             ]
             reference_V = self._teacher_forced(self._reference[0], prompt, before)
             return self._divergence(prompt, "replay text", position, tokens, passes, reference_V)
-        looped_NV = self._loop_draft(prompt, anchor)
-        replayed_NV = self._teacher_forced_draft(self.target, self.drafter, trajectory, anchor)
-        slots = (looped_NV.argmax(-1) != replayed_NV.argmax(-1)).nonzero().flatten().tolist()
-        if not slots:  # nothing parts here: whatever made the rounds differ is not explained
-            pair = (-1, -1)
-            return Divergence(*_place(prompt), "replay draft", anchor, pair, 0.0, 0.0, 1.0, False)
-        slot = slots[0]
-        tokens = (int(looped_NV[slot].argmax()), int(replayed_NV[slot].argmax()))
+        # the shorter round lost the slot that ended it, the longer one kept it
+        slot = shorter - 1
+        passes = [
+            self._loop_draft(prompt, anchor)[slot],
+            self._replayed_draft(trajectory, anchor, group or [trajectory])[slot],
+        ]
+        tokens = (int(passes[0].argmax()), int(passes[1].argmax()))
         reference_NV = self._teacher_forced_draft(*self._reference, trajectory, anchor)
-        passes = [looped_NV[slot], replayed_NV[slot]]
-        return self._divergence(
-            prompt, "replay draft", anchor + 1 + slot, tokens, passes, reference_NV[slot]
+        place = anchor + 1 + slot
+        return self._divergence(prompt, "replay draft", place, tokens, passes, reference_NV[slot])
+
+    @torch.no_grad()
+    def _replayed_draft(
+        self, trajectory: Trajectory, anchor: int, group: Sequence[Trajectory]
+    ) -> Tensor:
+        """Replays the block at a response token again, in the same company; logits (N, V)."""
+        place = list(group).index(trajectory)
+        batch = next(found for found in feature_batches(group) if place in found)
+        layer_ids = self.drafter.config.target_layer_ids
+        states = FeatureStore.run(self.target, [group[i] for i in batch], layer_ids)
+        return replay_logits(
+            self.drafter,
+            self.target.embed,
+            self.target.head,
+            states[batch.index(place)],
+            torch.tensor(trajectory.tokens, device=self.target.device),
+            len(trajectory.prompt.ids),
+            anchor,
+            anchors_per_chunk=self.anchors_per_chunk,
         )
+
+    def _generated_logits(self, prompt: EvalPrompt, position: int) -> Tensor:
+        """Answers the prompt's batch again; logits (V,) that its token was chosen from."""
+        prompts = self.prompts or [prompt]
+        places = [(p.set_name, p.prompt_id, p.turn) for p in prompts]
+        wanted = places.index(_place(prompt))
+        batch = next(b for b in batches_of(prompts, self.batch_size) if wanted in b)
+        kept: list[Tensor] = []
+
+        def watch(place: int, step: int, logits_V: Tensor) -> None:
+            if (batch[place], step) == (wanted, position):
+                kept.append(logits_V.clone())
+
+        self.target.generate(
+            [prompts[i].ids for i in batch], position + 1, batch_size=len(batch), watch=watch
+        )
+        return kept[0]
 
     @torch.no_grad()
     def _target_logits(self, prompt: EvalPrompt, position: int, *, speculating: bool) -> Tensor:
@@ -283,7 +344,19 @@ class Auditor:
         reference_V: Tensor,
     ) -> Divergence:
         gap, bound, ratio, explained = explain(tokens, passes, reference_V)
-        return Divergence(*_place(prompt), what, position, tokens, gap, bound, ratio, explained)
+        chosen = [int(argmax(logits_V)) for logits_V in passes]
+        reproduced = chosen == list(tokens) and tokens[0] != tokens[1]
+        return Divergence(
+            *_place(prompt),
+            what,
+            position,
+            tokens,
+            gap,
+            bound,
+            ratio,
+            explained and reproduced,
+            reproduced,
+        )
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -47,19 +47,21 @@ class Figures:
         draws: By name, (R,) or (R, N).
         prompts: P.
         responses: How many, over all runs.
+        least: Fewest prompts of any set in it.
     """
 
     point: dict[str, Array]
     draws: dict[str, Array]
     prompts: int
     responses: int
+    least: int
 
     def estimate(self, name: str, position: int | None = None) -> Estimate:
         """Returns a figure's value and interval; `position` for those that have N."""
         value, draws = self.point[name], self.draws[name]
         if position is not None:
             value, draws = value[position], draws[:, position]
-        return interval(float(value), draws, self.prompts)
+        return interval(float(value), draws, self.prompts if self.least > 1 else self.least)
 
     @property
     def scalars(self) -> list[str]:
@@ -77,7 +79,7 @@ def interval(value: float, draws: Array, prompts: int) -> Estimate:
             further out, as far as Student's t is from the normal (Hesterberg 2015).
     """
     finite = draws[np.isfinite(draws)]
-    if not len(finite):
+    if not len(finite) or prompts < 2:  # one prompt says nothing of how prompts differ
         return Estimate(value, np.nan, np.nan)
     tail = 100 * expanded_tail(prompts)
     low, high = np.percentile(finite, [tail, 100 - tail])
@@ -111,7 +113,7 @@ def estimate_figures(
         resamples: R.
         seed: Of the draws.
     """
-    prompts = sorted({tally.prompt_id for tallies in runs for tally in tallies})
+    prompts = sorted({(t.set_name, t.prompt_id) for tallies in runs for t in tallies})
     fields = {
         name: np.stack([_by_prompt(tallies, prompts, read) for tallies in runs])
         for name, read in _FIELDS.items()
@@ -125,6 +127,7 @@ def estimate_figures(
         draws,
         len(prompts),
         sum(map(len, runs)),
+        len(prompts),
     )
 
 
@@ -133,34 +136,38 @@ def draw_weights(
 ) -> tuple[Array, Array]:
     """Returns (R, S) and (R, P): how often each run and each prompt is drawn in every resample.
 
-    A single run is kept as it is: its own randomness can't be told from one draw.
+    A run is the same drafter on every set, so runs are drawn alike for all sets; prompts are drawn
+    for each on its own. A single run is kept as it is: one draw does not show its randomness.
     """
     key = [seed, zlib.crc32(set_name.encode())]
     weights_P = np.random.default_rng([*key, 0]).multinomial(
         prompts, np.full(prompts, 1 / prompts), size=resamples
     )
-    weights_S = np.random.default_rng([*key, 1]).multinomial(
+    weights_S = np.random.default_rng([seed, 1]).multinomial(
         runs, np.full(runs, 1 / runs), size=resamples
     )
     return weights_S.astype(float), weights_P.astype(float)
 
 
 def average_figures(sets: Iterable[Figures]) -> Figures:
-    """Returns the unweighted mean over prompt sets; each set is resampled on its own."""
+    """Returns the unweighted mean over prompt sets, of each figure over the sets that have it."""
     sets = list(sets)
     shared = [name for name in sets[0].scalars if all(name in other.point for other in sets)]
+    having = {name: [s for s in sets if np.isfinite(s.point[name])] or sets for name in shared}
     return Figures(
-        {name: np.asarray(_mean([s.point[name] for s in sets])) for name in shared},
-        {name: _mean([s.draws[name] for s in sets]) for name in shared},
+        {name: np.mean([s.point[name] for s in own]) for name, own in having.items()},
+        {name: np.mean([s.draws[name] for s in own], axis=0) for name, own in having.items()},
         sum(s.prompts for s in sets),
         sum(s.responses for s in sets),
+        min(s.least for s in sets),
     )
 
 
 def difference(a: Figures, b: Figures, name: str) -> Estimate:
     """Returns a - b with its paired interval; both must come from the same prompts and draws."""
     assert a.prompts == b.prompts
-    return interval(float(a.point[name] - b.point[name]), a.draws[name] - b.draws[name], a.prompts)
+    prompts = a.prompts if a.least > 1 else a.least
+    return interval(float(a.point[name] - b.point[name]), a.draws[name] - b.draws[name], prompts)
 
 
 def verdict(difference: Estimate, prompts: int) -> str:
@@ -181,30 +188,25 @@ def verdict(difference: Estimate, prompts: int) -> str:
 
 def shared_prompts(a: Runs, b: Runs) -> tuple[Runs, Runs]:
     """Returns both drafters' responses to the prompts that every run of both has measured."""
-    everyone = [{tally.place for tally in run} for run in (*a, *b)]
+    everyone = [{tally.prompt_place for tally in run} for run in (*a, *b)]
     both = set.intersection(*everyone) if everyone else set()
     return (
-        [[tally for tally in run if tally.place in both] for run in a],
-        [[tally for tally in run if tally.place in both] for run in b],
+        [[tally for tally in run if tally.prompt_place in both] for run in a],
+        [[tally for tally in run if tally.prompt_place in both] for run in b],
     )
 
 
-def _mean(values: list[Array]) -> Array:
-    """Mean over sets of those that are numbers; nan if none is."""
-    stacked = np.stack(values)
-    good = np.isfinite(stacked)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean: Array = np.where(good, stacked, 0).sum(0) / good.sum(0)
-    return mean
-
-
 def _by_prompt(
-    tallies: Sequence[Tally], prompts: Sequence[int], read: Callable[[Tally], Sequence[float]]
+    tallies: Sequence[Tally],
+    prompts: Sequence[tuple[str, int]],
+    read: Callable[[Tally], Sequence[float]],
 ) -> Array:
     """Returns (P, F): the sums of a field over each prompt's turns."""
-    rows: dict[int, list[Array]] = {}
+    rows: dict[tuple[str, int], list[Array]] = {}
     for tally in tallies:
-        rows.setdefault(tally.prompt_id, []).append(np.asarray(read(tally), dtype=float))
+        rows.setdefault((tally.set_name, tally.prompt_id), []).append(
+            np.asarray(read(tally), dtype=float)
+        )
     width = max((len(row) for found in rows.values() for row in found), default=0)
     out = np.zeros((len(prompts), width))
     for place, prompt in enumerate(prompts):
@@ -232,6 +234,8 @@ _FIELDS: Mapping[str, Callable[[Tally], Sequence[float]]] = {
     **{f"seconds_{name}": _phase(name) for name in (*PHASES, "plain", "replay")},
     "accepted_at": lambda tally: tally.accepted_at,
     "reached_at": lambda tally: tally.reached_at,
+    "context_rounds": lambda tally: tally.context_rounds,
+    "context_emitted": lambda tally: tally.context_emitted,
     "responses": lambda tally: [1.0],
     "with_round": lambda tally: [float(tally.counts["rounds"] > 0)],
     "tokens": lambda tally: [float(tally.response_tokens)],
@@ -254,6 +258,7 @@ def _figures(sums: Mapping[str, Array]) -> dict[str, Array]:
             "waste_ratio_all_anchors": one["wasted_all_anchors"] / one["matched_all_anchors"],
             "waste_ratio_of_drafted": one["wasted"] / one["drafted"],
             "accept_rate": sums["accepted_at"] / sums["reached_at"],
+            "accepted_length_by_context": sums["context_emitted"] / sums["context_rounds"],
         }
         if np.any(loop):
             out["tokens_per_second"] = one["tokens"] / loop

@@ -21,14 +21,21 @@ class Journal:
         folder: Of journals; None keeps rows in memory only.
         identity: Plain values; together the file's key, and its first line for people to read.
         fresh: Forget what is there.
+        reading: Only read what is there; nothing is made.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], fresh: bool = False):
+    def __init__(
+        self,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+        fresh: bool = False,
+        reading: bool = False,
+    ) -> None:
         text = json.dumps(identity, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:20]
         self.path = folder and folder / f"{key}.jsonl"
         self._rows: dict[str, Any] = {}
-        if self.path is None:
+        if self.path is None or (reading and (fresh or not self.path.exists())):
             return
         if fresh or not self.path.exists():
             write_atomic(self.path, text + "\n")

@@ -23,33 +23,37 @@ class LoadedDrafter:
 
     Attributes:
         name: What tables call it.
-        drafter: Eval mode, on the CPU.
+        drafter: Eval mode; measuring moves it and casts it.
+        fingerprint: 20 hex digits of a hash over config and weights as they were read.
         path: The file or folder it was read from.
         target_path: What the checkpoint says of its target, or None; so the other three.
         target_gguf_file: Likewise.
         target_fingerprint: Likewise.
         target_dtype: Likewise.
         run_config: The run's config.yaml, if it is there.
+        other_block_size: K, where it is not the one that the drafter was trained with.
     """
 
     name: str
     drafter: Drafter
+    fingerprint: str
     path: str = ""
     target_path: str | None = None
     target_gguf_file: str | None = None
     target_fingerprint: str | None = None
     target_dtype: str = "auto"
     run_config: Path | None = None
+    other_block_size: int | None = None
 
-    @property
-    def fingerprint(self) -> str:
-        """20 hex digits of a hash over config and weights."""
-        config = {k: v for k, v in self.drafter.config.to_dict().items() if k not in _INCIDENTAL}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.drafter.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
-        return digest.hexdigest()[:20]
+
+def drafter_fingerprint(drafter: Drafter) -> str:
+    """Returns 20 hex digits of a hash over a drafter's config and weights."""
+    config = {k: v for k, v in drafter.config.to_dict().items() if k not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(drafter.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:20]
 
 
 def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
@@ -67,17 +71,24 @@ def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
     if where.is_dir() and (where / "checkpoints").is_dir():
         found = [where / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
         where = next((file for file in found if file.is_file()), found[0])
+    if block_size is not None:
+        check_block_size(block_size)
     if where.is_dir() and (where / "config.json").is_file():
-        loaded = LoadedDrafter(where.name, _read_folder(where), str(where))
+        drafter = _read_folder(where)
+        loaded = LoadedDrafter(_full(path), drafter, drafter_fingerprint(drafter), str(where))
     elif where.is_file():
         loaded = _read_checkpoint(where, path)
     else:
         raise UserError(f"{path}: no checkpoint, run folder or drafter folder is there.")
     if block_size is not None and block_size != loaded.drafter.config.block_size:
-        check_block_size(block_size)
         loaded.drafter.config.block_size = block_size
-        loaded.name += f" (K {block_size})"
+        loaded.other_block_size = block_size
     return loaded
+
+
+def _full(path: str) -> str:
+    """A folder such as "." has a name, too."""
+    return path.rstrip("/") if Path(path).name else str(Path(path).resolve())
 
 
 def _read_folder(folder: Path) -> Drafter:
@@ -107,8 +118,9 @@ def _read_checkpoint(file: Path, path: str) -> LoadedDrafter:
         prefix = "drafter."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items()}
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is not a checkpoint of a drafter: {reason}") from error
+        raise UserError(
+            f"{file} is not a checkpoint of a drafter ({type(error).__name__})."
+        ) from error
     drafter = Drafter(config)
     missing, unexpected = drafter.load_state_dict(state, strict=False)
     if missing or unexpected:
@@ -116,8 +128,9 @@ def _read_checkpoint(file: Path, path: str) -> LoadedDrafter:
     target = checkpoint.get("target", {})
     run_config = file.parent.parent / "config.yaml"
     return LoadedDrafter(
-        path.rstrip("/"),
+        _full(path),
         drafter.eval(),
+        drafter_fingerprint(drafter),
         str(file),
         target.get("path"),
         target.get("gguf_file"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafter.evaluation.results import AVERAGE, names_of
-from drafter.evaluation.tables import number
+from drafter.evaluation.tables import number, signed
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -55,11 +55,6 @@ def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
         for row in rows
     ]
     return head, body
-
-
-def signed(value: float | None) -> str:
-    """Returns a difference with its sign; "-" for none."""
-    return "-" if value is None or value != value else f"{value:+.3f}"
 
 
 def _markdown_table(

@@ -100,9 +100,15 @@ class FeatureStore:
         for batch in feature_batches(trajectories):
             if all(index in done for index in batch):
                 continue
-            names = [(target.fingerprint, layer_ids, tuple(trajectories[i].tokens)) for i in batch]
-            if not all(name in self._kept for name in names):
-                states = self._run(target, [trajectories[i] for i in batch], layer_ids)
+            names = [
+                (target.fingerprint, target.dtype, layer_ids, tuple(trajectories[i].tokens))
+                for i in batch
+            ]
+            stored = [target.kept_features(trajectories[i].tokens, layer_ids) for i in batch]
+            if all(own is not None for own in stored):
+                states = [own for own in stored if own is not None]
+            elif not all(name in self._kept for name in names):
+                states = self.run(target, [trajectories[i] for i in batch], layer_ids)
                 for name, own in zip(names, states, strict=True):
                     size_bytes = own.numel() * own.element_size()
                     if name not in self._kept and self.used + size_bytes <= self.budget_bytes:
@@ -113,9 +119,10 @@ class FeatureStore:
             yield [(i, own) for i, own in zip(batch, states, strict=True) if i not in done]
 
     @staticmethod
-    def _run(
+    def run(
         target: Target, trajectories: Sequence[Trajectory], layer_ids: tuple[int, ...]
     ) -> list[Tensor]:
+        """Returns features (1, S, L*D) of a batch of trajectories, by one pass of the target."""
         rows = [trajectory.tokens for trajectory in trajectories]
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         documents = torch.full_like(ids, PADDING_DOCUMENT)

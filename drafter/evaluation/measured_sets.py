@@ -33,7 +33,7 @@ from drafter.evaluation.tallies import Tally, tally
 from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySettings
 from drafter.target import Target
 
-FORMAT = 1
+FORMAT = 2
 PROMPT_LOOKUP = "prompt lookup"
 SAMPLES_PER_SET = 2
 SAMPLE_TOKENS = 200
@@ -114,13 +114,13 @@ class Bench:
             loaded: Fits the target.
             trajectories: Of any sets and turns.
         """
-        journal = self._journal("replay", [loaded.fingerprint])
+        journal = self._journal("replay", [_contender(loaded)])
         drafter = loaded.drafter.to(device=self.target.device, dtype=self.target.dtype)
         samples = _sample_places([t.prompt for t in trajectories])
         out = Measured()
         title = f"replay {Path(loaded.name).name}"
         with tqdm(total=len(trajectories), desc=title, disable=not self.progress) as bar:
-            for group in _by_set(trajectories):
+            for group in by_set(trajectories):
                 names = [_trajectory_name(trajectory) for trajectory in group]
                 done = [i for i, name in enumerate(names) if name in journal]
                 for i in done:
@@ -167,7 +167,7 @@ class Bench:
             drafters: All fit the target.
             prompts: Of any sets and turns.
         """
-        journal = self._journal("decode", [loaded.fingerprint for loaded in drafters])
+        journal = self._journal("decode", [_contender(loaded) for loaded in drafters])
         models = [
             loaded.drafter.to(device=self.target.device, dtype=self.target.dtype)
             for loaded in drafters
@@ -227,7 +227,7 @@ class Bench:
             row["sample"] = asdict(make_sample(response, self.target.tokenizer))
         return row
 
-    def _journal(self, mode: str, fingerprints: list[str]) -> Journal:
+    def _journal(self, mode: str, fingerprints: list[str], reading: bool = False) -> Journal:
         target = self.target
         device = str(target.device.type)
         if mode == "decode" and device == "cuda":
@@ -237,16 +237,21 @@ class Bench:
             "mode": mode,
             "drafters": fingerprints,
             "target": target.fingerprint,
+            "ends": target.eos_token_ids,
             "dtype": str(target.dtype),
             "device": device,
             "settings": asdict(self.settings),
         }
-        return Journal(self.folder, identity, self.fresh)
+        return Journal(self.folder, identity, self.fresh, reading)
 
     def missing(self, loaded: LoadedDrafter, trajectories: Sequence[Trajectory]) -> int:
         """Returns how many of the trajectories are still to be replayed."""
-        journal = self._journal("replay", [loaded.fingerprint])
+        journal = self._journal("replay", [_contender(loaded)], reading=True)
         return sum(_trajectory_name(trajectory) not in journal for trajectory in trajectories)
+
+
+def _contender(loaded: LoadedDrafter) -> str:
+    return f"{loaded.fingerprint}/{loaded.drafter.config.block_size}"
 
 
 def make_sample(response: MeasuredResponse, tokenizer: Any) -> Sample:
@@ -271,8 +276,8 @@ def make_sample(response: MeasuredResponse, tokenizer: Any) -> Sample:
     return Sample(prompt.set_name, prompt.prompt_id, tokenizer.decode(prompt.ids), pieces)
 
 
-def _by_set(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-    """Sets and turns apart: what runs together depends on nothing else that is measured."""
+def by_set(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+    """Returns sets and turns apart: what runs together depends on nothing else that is measured."""
     groups: dict[tuple[str, int], list[Trajectory]] = {}
     for trajectory in trajectories:
         prompt = trajectory.prompt

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from drafter.errors import UserError
+from drafter.evaluation.recipes import file_stamp
 from drafter.evaluation.report import ReportSettings
 from drafter.evaluation.trajectories import TrajectorySettings
 from drafter.files import cache_root
@@ -55,6 +60,10 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     if overrides and options.verb != "ablation":
         parser.error("flags after `--` are for `ablation`")
     options.overrides = overrides
+    if getattr(options, "seed", 0) < 0:
+        parser.error("--seed may not be negative")
+    if str(getattr(options, "output", None)).endswith((".md", ".html", ".png")):
+        parser.error("--output names the JSON file; table, plots and page are laid beside it")
     return options
 
 
@@ -120,7 +129,23 @@ def settings_from(options: argparse.Namespace) -> ReportSettings:
 
 
 def measured_as(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options that figures depend on beside the drafter, as plain values."""
-    names = "benchmarks benchmark_dir prompts limit skip target gguf_file dtype mode audit"
+    """Returns what figures depend on beside the drafter, as plain values: options and files."""
+    files = [*(options.prompts or ()), *filter(None, (options.benchmark_dir, options.target))]
+    held = [file_stamp(path) for path in files]
+    if options.benchmark_dir:
+        held += [file_stamp(str(path)) for path in sorted(Path(options.benchmark_dir).glob("*"))]
+    names = "benchmarks benchmark_dir prompts limit skip target gguf_file dtype device mode audit"
     names += " max_new_tokens temperature top_k top_p seed"
-    return {name: getattr(options, name) for name in names.split()}
+    return {**{name: getattr(options, name) for name in names.split()}, "files": held}
+
+
+def check_device(name: str) -> str:
+    """Returns a device's name; raises UserError unless torch can use it here."""
+    try:
+        kind = torch.device(name).type
+        usable = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise UserError(f"--device {name}: torch can't use it here; choose cpu, or cuda on a GPU.")
+    return name

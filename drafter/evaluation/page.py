@@ -149,7 +149,8 @@ def _where(result: Mapping[str, Any]) -> str:
         found = drafter.get("figures", {}).get(mode, {})
         for row in found.get("by_context", []):
             what = f"up to {row['up_to']} tokens" if row["up_to"] else "longer contexts"
-            cells = [drafter["name"], what, number(row["accepted_length"]), f"{row['rounds']:.0f}"]
+            length = with_interval(row["accepted_length"])
+            cells = [drafter["name"], what, length, f"{row['rounds']:.0f}"]
             rows.append((False, list(map(_text, cells))))
         for row in found.get("by_turn", []):
             what = f"{row['set']}, turn {row['turn']}"
@@ -174,6 +175,7 @@ def _checks(result: Mapping[str, Any]) -> str:
             rows.append((False, [_text(found["drafter"]), *map(str, counts)]))
             for row in found["divergences"]:
                 state = "explained" if row["explained"] else "NOT explained"
+                state += "" if row["reproduced"] else " (it did not happen again)"
                 listed.append(
                     f"<li>{_text(found['drafter'])}: {_text(row['set_name'])} "
                     f"{row['prompt_id']}, turn {row['turn'] + 1}, token {row['position']}, "

@@ -70,9 +70,8 @@ def plan(
                 batch_size=settings.batch_size,
                 progress=False,
             )
-            bench = Bench(
-                target, settings.trajectories, settings.folder and settings.folder / "measured"
-            )
+            measured = folder.parent / "measured"
+            bench = Bench(target, settings.trajectories, measured, settings.fresh)
             missing = bench.missing(loaded, found) + later
         own = missing * most * (rates.get("replay") or pass_seconds / 40)
         seconds += own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,10 +12,9 @@ from drafter.errors import UserError
 from drafter.evaluation.audit import Auditor, Divergence
 from drafter.evaluation.loading import LoadedDrafter, check_fits
 from drafter.evaluation.measure import FeatureStore
-from drafter.evaluation.measured_sets import PROMPT_LOOKUP, Bench, Measured
+from drafter.evaluation.measured_sets import PROMPT_LOOKUP, Bench, Measured, by_set
 from drafter.evaluation.rates import Rates
 from drafter.evaluation.results import FORMAT, summarise
-from drafter.evaluation.tables import short_names
 from drafter.evaluation.trajectories import (
     EvalPrompt,
     Skipped,
@@ -67,6 +66,10 @@ class ReportSettings:
     feature_budget_gb: float = 4.0
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        if self.audit and not self.trajectories.sampling.greedy:
+            raise UserError("--audit compares greedy texts; leave --temperature at 0.")
+
     @property
     def replays(self) -> bool:
         """Whether rounds are read off trajectories."""
@@ -109,8 +112,6 @@ def report(
     Raises:
         UserError: No drafter fits the target, or an audit at a temperature.
     """
-    if settings.audit and not settings.trajectories.sampling.greedy:
-        raise UserError("--audit compares greedy texts; leave --temperature at 0.")
     fitting, misfits = sort_by_fit(drafters, target)
     prepared = prepare(target, prompts, follow_up, settings)
     measuring = settings.folder and settings.folder / "measured"
@@ -198,7 +199,7 @@ def prepare(
 def sort_by_fit(
     drafters: Sequence[LoadedDrafter], target: Target
 ) -> tuple[list[LoadedDrafter], list[str]]:
-    """Returns the drafters that fit the target, under names of their own, and why others do not.
+    """Returns the drafters that fit the target, and why others do not.
 
     Raises:
         UserError: None fits.
@@ -214,19 +215,19 @@ def sort_by_fit(
         fitting.append(loaded)
     if not fitting:
         raise UserError(misfits[0] if misfits else "there is no drafter to measure.")
-    names = short_names([loaded.name for loaded in fitting])
-    return [replace(one, name=name) for one, name in zip(fitting, names, strict=True)], misfits
+    return fitting, misfits
 
 
 def _drafter_entry(
     name: str, modes: dict[str, Measured], loaded: dict[str, LoadedDrafter]
 ) -> dict[str, Any]:
     drafter = loaded.get(name)
+    slots = max(len(t.accepted_at) for measured in modes.values() for t in measured.tallies)
     entry: dict[str, Any] = {
         "name": name,
         "path": drafter.path if drafter else None,
         "fingerprint": drafter.fingerprint if drafter else PROMPT_LOOKUP,
-        "block_size": drafter.drafter.config.block_size if drafter else None,
+        "block_size": slots + 1,
         "responses": {},
         "samples": [],
         "seconds": {},
@@ -252,9 +253,20 @@ def _hold_together(
     trajectories = {
         (t.prompt.set_name, t.prompt.prompt_id, t.prompt.turn): t for t in prepared.trajectories
     }
+    groups = {
+        (group[0].prompt.set_name, group[0].prompt.turn): group
+        for group in by_set(prepared.trajectories)
+    }
     for loaded in drafters:
         model = loaded.drafter.to(device=bench.target.device, dtype=bench.target.dtype)
-        auditor = Auditor(bench.target, model, settings.trajectories)
+        auditor = Auditor(
+            bench.target,
+            model,
+            settings.trajectories,
+            prepared.prompts,
+            settings.batch_size,
+            bench.anchors_per_chunk,
+        )
         decoded = found[loaded.name]["decode"]
         if settings.audit:
             texts = [
@@ -270,6 +282,7 @@ def _hold_together(
                     decoded.ids[tally.place],
                     tally.round_lengths,
                     replayed[tally.place].round_lengths,
+                    groups[tally.set_name, tally.turn],
                 )
                 for tally in decoded.tallies
             ]

@@ -30,8 +30,9 @@ from drafter.evaluation.tallies import CONTEXT_BOUNDS, Tally
 FORMAT = 2
 AVERAGE = "average"
 COMPARED = ("accepted_length", "waste_ratio", "speedup")
-SAME = ("target", "settings", "dtype")
-"""What result files must share to be merged."""
+SAME = ("settings", "dtype")
+"""What result files must share to be merged, beside the target."""
+REQUIRED = ("settings", "dtype", "target", "drafters", "skipped", "misfits")
 
 
 def summarise(result: dict[str, Any], resamples: int = RESAMPLES) -> dict[str, Any]:
@@ -96,18 +97,16 @@ def compare(a: Runs, b: Runs, resamples: int = RESAMPLES) -> list[dict[str, Any]
         )
         for name in sets_a
     }
-    pairs = {
-        **figures,
-        AVERAGE: (
-            average_figures(first for first, _ in figures.values()),
-            average_figures(second for _, second in figures.values()),
-        ),
-    }
     rows = []
-    for name, (first, second) in pairs.items():
+    for name in (*figures, AVERAGE):
         for figure in COMPARED:
-            if figure not in first.point or figure not in second.point:
+            both = [pair for pair in figures.values() if _both_have(pair, figure)]
+            if name != AVERAGE:
+                both = [figures[name]] if _both_have(figures[name], figure) else []
+            if not both:
                 continue
+            first = average_figures(pair[0] for pair in both)
+            second = average_figures(pair[1] for pair in both)
             found = difference(first, second, figure)
             word = verdict(found, first.prompts)
             if figure == "waste_ratio" and word in ("better", "worse"):  # less of it is better
@@ -124,28 +123,28 @@ def compare(a: Runs, b: Runs, resamples: int = RESAMPLES) -> list[dict[str, Any]
     return rows
 
 
+def _both_have(pair: tuple[Figures, Figures], figure: str) -> bool:
+    return all(math.isfinite(own.point.get(figure, math.nan)) for own in pair)
+
+
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns one result of several partial ones; of a response in two, the later file's counts.
 
-    A drafter is known by its fingerprint, whatever it is called.
+    A drafter is known by its fingerprint and block size, whatever it is called.
 
     Raises:
-        UserError: They are of different targets or settings.
+        UserError: They are of different targets, settings or prompts, or were timed on different
+            devices.
     """
-    first = results[0]
-    for other in results[1:]:
-        for key in SAME:
-            if other[key] != first[key]:
-                raise UserError(
-                    f"these result files do not belong together: {key} is {first[key]} in one and "
-                    f"{other[key]} in another."
-                )
-    drafters: dict[str, dict[str, Any]] = {}
+    _check_mergeable(results)
+    drafters: dict[tuple[Any, Any], dict[str, Any]] = {}
     for result in results:
         for drafter in result["drafters"]:
             known = drafters.setdefault(
-                drafter["fingerprint"], {**drafter, "responses": {}, "samples": []}
+                (drafter["fingerprint"], drafter["block_size"]),
+                {**drafter, "responses": {}, "samples": [], "names": []},
             )
+            known["names"].append(drafter["name"])
             for mode, rows in drafter["responses"].items():
                 places = {_place(row): row for row in known["responses"].get(mode, [])}
                 places |= {_place(row): row for row in rows}
@@ -153,18 +152,64 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             samples = {_where(sample): sample for sample in known["samples"]}
             samples |= {_where(sample): sample for sample in drafter.get("samples", [])}
             known["samples"] = list(samples.values())
-    names: list[str] = []
+    taken: list[str] = []
+    renamed: dict[str, str] = {}
     for drafter in drafters.values():
-        n = names.count(drafter["name"]) + 1
-        names.append(drafter["name"])
+        n = taken.count(drafter["name"]) + 1
+        taken.append(drafter["name"])
         drafter["name"] += f" ({n})" if n > 1 else ""
+        renamed |= dict.fromkeys(drafter.pop("names"), drafter["name"])
     merged = {**results[-1], "drafters": list(drafters.values())}
     for key in ("skipped", "misfits", "audit", "agreement"):
         found: list[Any] = []
         for result in results:
-            found += [row for row in result.get(key) or [] if row not in found]
+            for row in result.get(key) or []:
+                if key in ("audit", "agreement"):
+                    row = {**row, "drafter": renamed.get(row["drafter"], row["drafter"])}
+                found += [row] if row not in found else []
         merged[key] = found
+    merged["overlap"] = {}
+    for result in results:
+        for name, sets in (result.get("overlap") or {}).items():
+            name = renamed.get(name, name)
+            known = merged["overlap"].get(name)
+            both = isinstance(known, dict) and isinstance(sets, dict)
+            merged["overlap"][name] = {**known, **sets} if both else sets
+    merged["command"] = "; ".join(dict.fromkeys(str(result.get("command")) for result in results))
     return merged
+
+
+def _check_mergeable(results: Sequence[dict[str, Any]]) -> None:
+    first = results[0]
+    prompts: dict[tuple[Any, ...], str] = {}
+    devices = set()
+    for result in results:
+        there = {key: result[key] for key in SAME}
+        there["target"] = result["target"]["fingerprint"]
+        asked = {key: first[key] for key in SAME}
+        asked["target"] = first["target"]["fingerprint"]
+        for key, value in there.items():
+            if value != asked[key]:
+                raise UserError(
+                    f"these result files do not belong together: {key} is {asked[key]} in one and "
+                    f"{value} in another."
+                )
+        for drafter in result["drafters"]:
+            for mode, rows in drafter["responses"].items():
+                if mode == "decode" and rows:
+                    devices.add(result.get("device_name"))
+                for row in rows:
+                    if prompts.setdefault(_place(row), row["prompt"]) != row["prompt"]:
+                        raise UserError(
+                            "these result files do not belong together: prompt "
+                            f"{row['prompt_id']} of set {row['set_name']!r} is another prompt in "
+                            "another file; name the sets apart."
+                        )
+    if len(devices) > 1:
+        raise UserError(
+            "these result files hold timings of different devices ("
+            f"{', '.join(sorted(map(str, devices)))}); merge those of one."
+        )
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -182,6 +227,9 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         found = result.get("format") if isinstance(result, dict) else None
         raise UserError(f"{path} is not a result file of format {FORMAT} (it says {found}).")
+    lacking = [key for key in REQUIRED if key not in result]
+    if lacking:
+        raise UserError(f"{path} is not a whole result file: it lacks {', '.join(lacking)}.")
     return result
 
 
@@ -214,12 +262,16 @@ def _by_set(runs: Runs) -> dict[str, Runs]:
 def _by_context(runs: Runs) -> list[dict[str, Any]]:
     """Accepted length by context length, pooled over all sets."""
     tallies = [tally for run in runs for tally in run]
+    figures = estimate_figures(runs, "all sets")
     rows = []
     for bucket, bound in enumerate((*CONTEXT_BOUNDS, None)):
-        rounds = sum(tally.context_rounds[bucket] for tally in tallies)
-        emitted = sum(tally.context_emitted[bucket] for tally in tallies)
-        if rounds:
-            rows.append({"up_to": bound, "rounds": rounds, "accepted_length": emitted / rounds})
+        having = [tally for tally in tallies if tally.context_rounds[bucket]]
+        if having:
+            found = figures.estimate("accepted_length_by_context", bucket)
+            prompts = len({(tally.set_name, tally.prompt_id) for tally in having})
+            rounds = sum(tally.context_rounds[bucket] for tally in having)
+            row = {"up_to": bound, "prompts": prompts, "rounds": rounds}
+            rows.append({**row, "accepted_length": asdict(found)})
     return rows
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from drafter.evaluation.loading import LoadedDrafter
 from drafter.evaluation.results import AVERAGE, names_of
 
 _NAMELESS = ("/", "checkpoints")
@@ -47,7 +49,7 @@ def _cells(figures: dict[str, Any], mode: str) -> list[str]:
     length = figures["accepted_length"]
     cells = [
         number(length["value"]),
-        f"{number(length['low'])}-{number(length['high'])}",
+        f"{number(length['low'])} to {number(length['high'])}",
         number(figures["accepted_length_per_response"]["value"]),
         number(figures["accepted_length_unclipped"]["value"]),
         number(figures["waste_ratio"]["value"]),
@@ -72,7 +74,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             found = row["difference"]
             lines.append(
                 f"{row['mode']}: {row['a']} against {row['b']}, average accepted length: "
-                f"{found['value']:+.3f} ({number(found['low'])} to {number(found['high'])}): "
+                f"{signed(found['value'])} ({signed(found['low'])} to {signed(found['high'])}): "
                 f"{row['verdict']}"
             )
     for key, what in (
@@ -107,9 +109,14 @@ def replay_cost(result: dict[str, Any]) -> str:
         ) / sum(row["response_tokens"] for row in modes["decode"])
         return (
             f"replay takes {1e3 * replay:.3f} ms per emitted token, the loop {1e3 * loop:.2f} ms: "
-            f"one {loop / replay:.0f}th"
+            f"1/{loop / replay:.0f}"
         )
     return ""
+
+
+def signed(value: float | None) -> str:
+    """Returns a difference with its sign; "-" for none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:+.3f}"
 
 
 def number(value: float | None, places: int = 3) -> str:
@@ -120,6 +127,16 @@ def number(value: float | None, places: int = 3) -> str:
         ('1.235', '-', '-')
     """
     return "-" if value is None or not math.isfinite(value) else f"{value:.{places}f}"
+
+
+def name_apart(drafters: Sequence[LoadedDrafter]) -> list[LoadedDrafter]:
+    """Returns the drafters under names that tell them apart, with K where it is not the trained."""
+    names = short_names([loaded.name for loaded in drafters])
+    out = []
+    for loaded, name in zip(drafters, names, strict=True):
+        size = loaded.other_block_size
+        out.append(replace(loaded, name=name if size is None else f"{name} @ K {size}"))
+    return out
 
 
 def short_names(names: Sequence[str]) -> list[str]:

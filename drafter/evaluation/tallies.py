@@ -39,6 +39,7 @@ class Tally:
         set_name: Of its prompt.
         prompt_id: Likewise.
         turn: Likewise.
+        prompt: 16 hex digits of a hash of the prompt's tokens.
         prompt_tokens: Context before the response, in tokens.
         response_tokens: With the first, which prefill emits.
         counts: The scalars of `ResponseCounts`, by name (`COUNTS`).
@@ -54,6 +55,7 @@ class Tally:
     set_name: str
     prompt_id: int
     turn: int
+    prompt: str
     prompt_tokens: int
     response_tokens: int
     counts: dict[str, float]
@@ -69,6 +71,11 @@ class Tally:
     def place(self) -> tuple[str, int, int]:
         """What tells it from the other responses of a drafter."""
         return self.set_name, self.prompt_id, self.turn
+
+    @property
+    def prompt_place(self) -> tuple[str, int, int, str]:
+        """As `place`, with the prompt itself: what must be equal to be compared."""
+        return *self.place, self.prompt
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -93,6 +100,7 @@ def tally(
         prompt.set_name,
         prompt.prompt_id,
         prompt.turn,
+        prompt.digest,
         len(prompt.ids),
         len(response.ids),
         # JSON has no nan: what the loop can't see is left out

@@ -49,6 +49,11 @@ class EvalPrompt:
         name = f"{self.set_name}/{self.prompt_id}" + (f"/{self.turn}" if self.turn else "")
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits of a hash of its tokens."""
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -118,6 +123,7 @@ def trajectory_key(
     identity = {
         "format": FORMAT,
         "target": target.fingerprint,
+        "ends": target.eos_token_ids,
         "dtype": str(target.dtype),
         "device": target.device.type,
         "settings": asdict(settings),
