@@ -5,11 +5,12 @@ Legend: B rows, S tokens per row, A anchors per row, N drafted slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.sampler import Item
@@ -30,6 +31,18 @@ class Row(Protocol):
     supervised: np.ndarray
 
 
+class StoredFeatures(Protocol):
+    """Features of rows by place; `data.cache_format.CachedRows` is one."""
+
+    def hidden_states(self, index: int) -> Tensor:
+        """Returns (positions, L*D)."""
+        ...
+
+    def last_hidden(self, index: int) -> Tensor:
+        """Returns (positions, D)."""
+        ...
+
+
 class BatchDataset(Dataset[DraftBatch]):
     """Maps a list of `Item`s to one right-padded `DraftBatch` with anchors.
 
@@ -40,6 +53,8 @@ class BatchDataset(Dataset[DraftBatch]):
         seed: Of the anchors.
         pad_multiple: S is rounded up to a multiple of this: few shapes suit a compiler.
         resample: False keeps every row's anchors of epoch 0 (validation).
+        features: Where rows' features are read from, by place; None leaves them to others.
+        last_hidden: Also read what the head reads.
     """
 
     def __init__(
@@ -51,6 +66,8 @@ class BatchDataset(Dataset[DraftBatch]):
         seed: int = 0,
         pad_multiple: int = 1,
         resample: bool = True,
+        features: StoredFeatures | None = None,
+        last_hidden: bool = False,
     ) -> None:
         self.rows = rows
         self.num_anchors = num_anchors
@@ -58,6 +75,8 @@ class BatchDataset(Dataset[DraftBatch]):
         self.seed = seed
         self.pad_multiple = pad_multiple
         self.resample = resample
+        self.features = features
+        self.last_hidden = last_hidden
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -95,6 +114,20 @@ class BatchDataset(Dataset[DraftBatch]):
             anchors=torch.from_numpy(anchors[:, :used].copy()),
             sample_ids=torch.tensor([row.sample_id for row in rows]),
         )
+        if self.features is not None:
+            places = [item.row for item in items]
+            batch.hidden_states = _padded(map(self.features.hidden_states, places), length)
+            if self.last_hidden:
+                batch.last_hidden = _padded(map(self.features.last_hidden, places), length)
         batch.valid_counts = count_valid(batch, self.block_size)
         batch.num_slots = int(batch.valid_counts.sum())
         return batch
+
+
+def _padded(rows: Iterable[Tensor], length: int) -> Tensor:
+    """Returns (B, length, F) of rows (S_i, F), zero where nothing is kept: no block looks there."""
+    rows = list(rows)
+    out = rows[0].new_zeros((len(rows), length, rows[0].shape[-1]))
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

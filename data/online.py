@@ -6,6 +6,7 @@ Legend: B rows, S tokens per row, L tapped layers, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ class OnlineHiddenStates(LightningDataModule):
     optimizer and no DDP bucket. The LightningModule says what it needs (`feature_request`).
 
     Args:
-        target: Hub id or folder of a causal LM, or a .gguf file.
+        target: Hub id or folder of a causal LM, or a .gguf file. With a cache it may be left out.
         gguf_file: Name of the GGUF file inside the folder or repository `target`.
         target_dtype: dtype to load the target in; "auto" takes the checkpoint's (fp32 for GGUF).
         target_revision: Hub revision.
@@ -52,6 +53,10 @@ class OnlineHiddenStates(LightningDataModule):
         pad_multiple: Row lengths are padded to a multiple of this.
         keep_in_memory: Keep every row's features after its first use: in host RAM (true), or on
             the accelerator ("device"). For small sets: it takes L*D values a token.
+        cache: Folder of a feature cache (`python -m data.cache build`): rows and features are read
+            from it, and the target's frozen parts; the whole target is not loaded.
+        shuffle_block: Shuffle blocks of so many neighbouring rows, and rows within a few blocks,
+            for disks that are slow to seek; 0 shuffles all rows.
         predict_prompts: Files of prompts for `predict`.
         predict_limit: Prompts of each of these files; None for all.
         seed: Of order and anchors. The CLI links it to seed_everything.
@@ -59,7 +64,7 @@ class OnlineHiddenStates(LightningDataModule):
 
     def __init__(
         self,
-        target: str,
+        target: str = "",
         train_data: str | list[str] = "",
         gguf_file: str | None = None,
         target_dtype: str = "auto",
@@ -78,6 +83,8 @@ class OnlineHiddenStates(LightningDataModule):
         num_workers: int = 0,
         pad_multiple: int = 1,
         keep_in_memory: bool | Literal["device"] = False,
+        cache: str | None = None,
+        shuffle_block: int = 0,
         predict_prompts: str | list[str] | None = None,
         predict_limit: int | None = None,
         seed: int = 0,
@@ -102,6 +109,8 @@ class OnlineHiddenStates(LightningDataModule):
         self.num_workers = num_workers
         self.pad_multiple = pad_multiple
         self.keep_in_memory = keep_in_memory
+        self.cache = cache
+        self.shuffle_block = shuffle_block
         self.predict_prompts = predict_prompts
         self.predict_limit = predict_limit
         self.seed = seed
@@ -133,7 +142,11 @@ class OnlineHiddenStates(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Loads the target onto this rank's device, and the rows that `stage` needs."""
+        if self._target is None and self.cache:
+            self._open_cache("cpu" if self.trainer is None else self.trainer.strategy.root_device)
         if self._target is None:
+            if not self.target_path:
+                raise UserError("No target: set --data.target, or --data.cache to a built cache.")
             device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
             self._target = load_target(
                 self.target_path,
@@ -147,6 +160,24 @@ class OnlineHiddenStates(LightningDataModule):
             self._kept = self._kept if shared is None else shared
         if stage in ("fit", "validate", "test") and self._train_rows is None:
             self._load_rows(training=stage == "fit")
+
+    def _open_cache(self, device: str | torch.device) -> None:
+        from data.cached import open_cache
+
+        assert self.cache is not None
+        opened = open_cache(
+            Path(self.cache), device, target=self.target_path, target_dtype=self.target_dtype
+        )
+        self._target = opened.target
+        self._train_rows, self._val_rows = opened.train, opened.held_out
+        made_of = opened.manifest.identity["settings"]
+        for name in ("train_data", "val_data", "val_rows", "limit_rows", "max_length"):
+            if getattr(self, name) != made_of[name]:
+                rank_zero_info(
+                    f"[cache] data.{name} is the cache's {made_of[name]!r}, not "
+                    f"{getattr(self, name)!r}"
+                )
+        rank_zero_info(f"Training rows: {opened.train.report}")
 
     def _rows_identity(self) -> tuple[Any, ...]:
         """What decides which tokens a sample id stands for."""
@@ -241,6 +272,7 @@ class OnlineHiddenStates(LightningDataModule):
             seed=self.seed,
             pad_multiple=self.pad_multiple,
             resample=training,
+            features=rows.rows if self.cache else None,  # type: ignore[arg-type]
         )
         batches = EpochBatches(
             len(rows),
@@ -249,6 +281,7 @@ class OnlineHiddenStates(LightningDataModule):
             shuffle=training,
             rank=rank,
             world_size=world_size,
+            block=self.shuffle_block,
         )
         return DraftLoader(
             dataset,
@@ -269,7 +302,7 @@ class OnlineHiddenStates(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Adds the target's hidden states to a `DraftBatch` that is on the device already."""
-        if not isinstance(batch, DraftBatch):
+        if not isinstance(batch, DraftBatch) or batch.hidden_states is not None:
             return batch
         assert self.trainer is not None
         layer_ids, last_hidden = self.trainer.lightning_module.feature_request()

@@ -43,6 +43,8 @@ class EpochBatches(Sampler[list[Item]]):
         shuffle: False keeps the order of the set (validation).
         rank: This process.
         world_size: Processes.
+        block: Rows that stay near each other, for reading from disk: blocks of so many are
+            shuffled, then rows within each `BLOCKS_MIXED` blocks; 0 shuffles all rows.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class EpochBatches(Sampler[list[Item]]):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        block: int = 0,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -63,6 +66,7 @@ class EpochBatches(Sampler[list[Item]]):
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self.block = block
         self.epoch = 0
         self.start = 0
 
@@ -79,13 +83,36 @@ class EpochBatches(Sampler[list[Item]]):
         epoch, order = self.epoch, np.arange(self.num_rows)
         if self.shuffle:
             key = np.random.SeedSequence((self.seed, epoch))
-            order = np.random.Generator(np.random.Philox(key)).permutation(self.num_rows)
+            order = shuffled(self.num_rows, self.block, np.random.Generator(np.random.Philox(key)))
         step = self.batch_size * self.world_size
         for batch in range(self.start, len(self)):
             rows = order[batch * step : (batch + 1) * step]
             own = rows[self.rank :: self.world_size]
             filler = [Item(int(rows[0]), epoch, scored=False)]
             yield [Item(int(row), epoch, scored=True) for row in own] or filler
+
+
+BLOCKS_MIXED = 8
+"""Blocks whose rows are mixed with each other."""
+
+
+def shuffled(num_rows: int, block: int, random: np.random.Generator) -> np.ndarray:
+    """Returns (num_rows,) a permutation; with `block`, rows keep to their neighbourhood.
+
+    Args:
+        num_rows: Rows.
+        block: See `EpochBatches`.
+        random: Decides it.
+    """
+    if not block:
+        return random.permutation(num_rows)
+    blocks = [np.arange(at, min(at + block, num_rows)) for at in range(0, num_rows, block)]
+    order = random.permutation(len(blocks))
+    mixed = [
+        random.permutation(np.concatenate([blocks[i] for i in order[at : at + BLOCKS_MIXED]]))
+        for at in range(0, len(order), BLOCKS_MIXED)
+    ]
+    return np.concatenate(mixed) if mixed else np.arange(0)
 
 
 class DraftLoader(DataLoader[DraftBatch]):
@@ -181,6 +208,7 @@ class DraftLoader(DataLoader[DraftBatch]):
             "world_size": self.batches.world_size,
             "accumulate_grad_batches": self.accumulate,
             "seed": self.batches.seed,
+            "shuffle_block": self.batches.block,
         }
 
 

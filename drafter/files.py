@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+HASHED_BYTES = 1 << 26
+"""`file_stamp` hashes files up to this size whole; of larger ones size, head and tail."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -65,3 +70,36 @@ def cache_root(folder: str | Path | None = None) -> Path:
         return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "l2r-drafter"
+
+
+@functools.cache
+def file_stamp(path: str) -> str:
+    """Returns a short hash of what a file or folder holds; of its name where it is not local.
+
+    Args:
+        path: A file is hashed whole up to HASHED_BYTES; of a larger one, and of the files of a
+            folder, size, head and tail are.
+    """
+    where = Path(path)
+    digest = hashlib.sha256()
+    if where.is_dir():
+        for file in sorted(where.iterdir()):
+            if file.is_file():
+                digest.update(f"{file.name} {_ends(file, 1 << 20)}".encode())
+    elif where.is_file():
+        digest.update(_ends(where, HASHED_BYTES).encode())
+    else:
+        digest.update(path.encode())
+    return digest.hexdigest()[:16]
+
+
+def _ends(file: Path, most: int) -> str:
+    """Returns a hash of a file's size, its first `most` bytes and its last `most`."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as content:
+        digest.update(content.read(most))
+        if size > most:
+            content.seek(-min(most, size - most), os.SEEK_END)
+            digest.update(content.read())
+    return digest.hexdigest()

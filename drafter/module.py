@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from drafter.attention import AttentionKind, build_visibility
 from drafter.blocks import DraftBatch, build_blocks
@@ -148,9 +148,10 @@ class DrafterModule(LightningModule):
         self._target = target
         if self.drafter is None:
             self.drafter = Drafter(self._config_for(target))
-            initialise_from_target(
-                self.drafter, target.final_norm, target.layers, self.hparams.init_from_target
-            )
+            how = self.hparams.init_from_target
+            # a cache has no layers: they would be loaded for nothing
+            layers = target.layers if how == "layers" else nn.ModuleList()
+            initialise_from_target(self.drafter, target.final_norm, layers, how)
         config = self.drafter.config
         ours = (config.hidden_size, config.num_target_layers)
         theirs = (target.hidden_size, target.num_layers)
@@ -159,6 +160,7 @@ class DrafterModule(LightningModule):
                 f"The drafter was made for a target of (hidden size, layers) {ours}, this target "
                 f"has {theirs}; give the target that it was trained with."
             )
+        target.check_layers(config.target_layer_ids)
         if config.mask_token_id >= target.vocab_size:
             raise UserError(
                 f"The drafter's mask token id {config.mask_token_id} is beyond the target's "

@@ -152,8 +152,21 @@ class Target:
 
     @property
     def embedding_scale(self) -> float:
-        """What `embed` multiplies rows of the embedding with."""
-        return float(self._embedding_scale)
+        """What `embed` multiplies rows of the embedding with.
+
+        Raises:
+            UserError: `embed` does something else to them than scaling.
+        """
+        own = getattr(self._embedding, "embed_scale", 1.0)  # Gemma's module scales by itself
+        scale = float(self._embedding_scale) * float(own)
+        ids = torch.arange(min(8, self.vocab_size), device=self.device)
+        rows = self.embedding_weight[ids]
+        if not torch.allclose(self.embed(ids), (rows * scale).to(rows.dtype), rtol=1e-2):
+            raise UserError(
+                f"The target {self.path} changes its embeddings in a way that a feature cache "
+                "can't keep; train online."
+            )
+        return scale
 
     @property
     def max_length(self) -> int:
@@ -215,6 +228,10 @@ class Target:
                 layer_ids, taps_only=not last_hidden, input_ids=documents.input_ids
             )
             return Features(documents.pack(taps), documents.pack(last) if last_hidden else None)
+
+    def check_layers(self, layer_ids: Sequence[int]) -> None:
+        """Raises UserError unless it can give these layers' states; the target itself gives all."""
+        check_layer_ids(layer_ids, self.num_layers)
 
     def kept_features(self, tokens: Sequence[int], layer_ids: Sequence[int]) -> Tensor | None:
         """Returns features (1, S, L*D) that are kept somewhere, or None; here none are."""

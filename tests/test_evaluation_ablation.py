@@ -12,7 +12,8 @@ import yaml
 import evaluate
 from drafter.errors import UserError
 from drafter.evaluation.ablation import OLDER
-from drafter.evaluation.recipes import file_stamp, read_grid
+from drafter.evaluation.recipes import read_grid
+from drafter.files import file_stamp
 from drafter.target import Target
 from tests.runs import ROOT, config
 from train import RUN_DIR_VARIABLE, main

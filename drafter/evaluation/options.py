@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from drafter.errors import UserError
-from drafter.evaluation.recipes import file_stamp
 from drafter.evaluation.report import ReportSettings
 from drafter.evaluation.trajectories import TrajectorySettings
-from drafter.files import cache_root
+from drafter.files import cache_root, file_stamp
 from drafter.sampling import Sampling
 
 DESCRIPTION = "Measures drafters: accepted length and speed, with intervals, plots and a page."

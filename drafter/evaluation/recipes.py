@@ -13,7 +13,6 @@ one_budget: true                  # rows may not change steps, rows of data or a
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shlex
@@ -26,6 +25,7 @@ import yaml
 
 from drafter.config import check_block_size
 from drafter.errors import UserError
+from drafter.files import file_stamp
 
 BUDGET = (
     "trainer.max_epochs",
@@ -41,8 +41,6 @@ BUDGET = (
 """Settings that rows of one budget share."""
 FILES = ("data.target", "data.train_data", "data.val_data")
 """Settings that name files: a recipe is made of what they hold, too."""
-HASHED_BYTES = 1 << 26
-"""Files up to this size are hashed whole; of larger ones size, head and tail."""
 
 
 @dataclass(frozen=True)
@@ -177,27 +175,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{key}"] = value
     return out
-
-
-@functools.cache
-def file_stamp(path: str) -> str:
-    """Returns a short hash of what a file or folder holds; of its name where it is not local."""
-    where = Path(path)
-    digest = hashlib.sha256()
-    if where.is_dir():
-        for file in sorted(where.iterdir()):
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-    elif where.is_file():
-        size = where.stat().st_size
-        digest.update(str(size).encode())
-        with where.open("rb") as content:
-            digest.update(content.read(HASHED_BYTES))
-            if size > HASHED_BYTES:
-                content.seek(-min(HASHED_BYTES, size - HASHED_BYTES), 2)
-                digest.update(content.read())
-    else:
-        digest.update(path.encode())
-    return digest.hexdigest()[:16]
 
 
 def _override_settings(overrides: Sequence[str]) -> dict[str, Any]:
