@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from callbacks.predictions import PredictionWriter
+from callbacks.preemption import Preemption, preempted_exit
 from callbacks.run_files import Provenance, RunSummary, SaveRunConfig
 from callbacks.verification import SpeculativeVerification
 from data.online import OnlineHiddenStates
@@ -38,6 +40,7 @@ class DrafterCLI(LightningCLI):
         parser.add_lightning_class_args(SpeculativeVerification, "verification")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint_best")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint_last")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("model.block_size", "data.block_size")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_int_seed)
@@ -92,6 +95,10 @@ class DrafterCLI(LightningCLI):
                 default_hp_metric=False,
                 purge_step=getattr(self, "_resumed_step", None),
             )
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit":
             trainer.callbacks = [Provenance(run_dir), *trainer.callbacks, RunSummary(run_dir)]
@@ -181,8 +188,11 @@ def _int_seed(seed: Any) -> int:
 
 
 def main(args: list[str] | None = None) -> DrafterCLI:
-    """Parses, builds and runs; prints a user's mistake as one sentence and exits with code 2."""
-    with one_sentence_errors():
+    """Parses, builds and runs; prints a user's mistake as one sentence and exits with code 2.
+
+    A run that SIGTERM ended exits with code 143, its checkpoint saved.
+    """
+    with one_sentence_errors(), preempted_exit():
         return DrafterCLI(
             DrafterModule,
             OnlineHiddenStates,

@@ -9,10 +9,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from drafter.files import replace_atomic
+
 MONITOR = "val/accepted_length"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: what is there is always whole.
+
+    Lightning's own writer goes through the system's temporary folder; where that is another disk,
+    a kill or a full disk leaves a torn file under the checkpoint's name.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Writes one file; the old one stays until the new one is on the disk."""
+        if "://" in str(path):  # a remote file system has its own ways
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        replace_atomic(Path(path), lambda aside: torch.save(checkpoint, aside))
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -92,16 +113,17 @@ class LastCheckpoint(ModelCheckpoint):
         # not in on_train_end: the loop's state then says that a broken-off epoch is complete
         ends = trainer.should_stop or 0 < trainer.max_steps <= step
         if due or ends or batch_idx + 1 == trainer.num_training_batches:
-            self._save(trainer)
+            self.save_now(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves again after validation: metrics and the best checkpoint's state have moved on."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run:
-            self._save(trainer)
+            self.save_now(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: the epoch's last step was saved already."""
 
-    def _save(self, trainer: Trainer) -> None:
+    def save_now(self, trainer: Trainer) -> None:
+        """Writes last.ckpt; all ranks call it together."""
         self._saved_step = trainer.global_step
         self._save_checkpoint(trainer, str(self.path))
