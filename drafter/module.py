@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
 from drafter.evaluation.prediction import Decoding, predict_prompt
 from drafter.evaluation.trajectories import EvalPrompt
+from drafter.guard import NonFiniteGuard, OnNonFinite
 from drafter.head import score_blocks
 from drafter.initialise import InitFromTarget, initialise_from_target
 from drafter.mask_token import choose_mask_token
@@ -62,6 +64,8 @@ class DrafterModule(LightningModule):
         total_steps: Optimizer steps of the schedules; None takes trainer.max_steps, or
             trainer.max_epochs times the steps of an epoch.
         max_grad_norm: Clip of the gradient's norm; 0 for none.
+        on_nonfinite: A gradient that is not finite changes no weight; `stop` then ends the run with
+            the batch saved, `skip` goes on and counts.
         attention: `sdpa`, `flex` (CUDA), or `auto` by work size.
         compile_drafter: torch.compile the drafter in place.
         log_gradient_norms_every: Log each term's gradient norm every so many steps; 0 for never.
@@ -86,6 +90,7 @@ class DrafterModule(LightningModule):
         final_lr_fraction: float = 0.0,
         total_steps: int | None = None,
         max_grad_norm: float = 1.0,
+        on_nonfinite: OnNonFinite = "stop",
         attention: AttentionKind = "auto",
         compile_drafter: bool = False,
         log_gradient_norms_every: int = 0,
@@ -113,6 +118,7 @@ class DrafterModule(LightningModule):
                 "final_lr_fraction": final_lr_fraction,
                 "total_steps": total_steps,
                 "max_grad_norm": max_grad_norm,
+                "on_nonfinite": on_nonfinite,
                 "attention": attention,
                 "compile_drafter": compile_drafter,
                 "log_gradient_norms_every": log_gradient_norms_every,
@@ -122,6 +128,8 @@ class DrafterModule(LightningModule):
         self.decoding = decoding
         self.drafter: Drafter | None = None
         self._target: Target | None = None
+        self._batch: DraftBatch | None = None
+        self._guard = NonFiniteGuard(on_nonfinite)
         self._log = WindowLog()
         self._val_log = WindowLog()
 
@@ -251,6 +259,11 @@ class DrafterModule(LightningModule):
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""
+        before = self._guard.skipped
+        self._settle()
+        if self._guard.skipped > before:
+            self.log("train/skipped_steps", float(self._guard.skipped))
+        self._batch = batch
         scores = self(batch)
         out = self.loss(scores, self._progress(), batch.window_counts, sum_over_ranks)
         self._log.add(out, scores)
@@ -380,3 +393,15 @@ class DrafterModule(LightningModule):
             [p for p in self.parameters() if p.grad is not None], limit or math.inf
         )
         self.log("train/grad_norm", norm)
+        assert self._batch is not None
+        self._guard.protect(optimizer, self.parameters(), norm, self._batch, self.global_step)
+
+    def on_train_end(self) -> None:
+        """Looks at the last step too."""
+        self._settle()
+
+    def _settle(self) -> None:
+        checkpoint = self.trainer.checkpoint_callback
+        folder = getattr(checkpoint, "dirpath", None)
+        place = Path(folder).parent if folder else Path(self.trainer.default_root_dir)
+        self._guard.settle(place, self.trainer.global_rank)
