@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from drafter.attention import AttentionKind, build_visibility
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
+from drafter.evaluation.loading import load_drafter
 from drafter.evaluation.prediction import Decoding, predict_prompt
 from drafter.evaluation.trajectories import EvalPrompt
 from drafter.guard import NonFiniteGuard, OnNonFinite
@@ -56,6 +58,9 @@ class DrafterModule(LightningModule):
         mask_token_id: Input at drafted slots; None chooses one the tokenizer reserves.
         intermediate_size: Width of the drafter's MLP; None for the target's.
         init_from_target: Start the final norm (`norm`) or whole layers (`layers`) from the target.
+        init_from: Start from a drafter's weights: a checkpoint, a run folder or a drafter's folder.
+            Layers, widths, taps and mask token are that drafter's; steps, schedule and optimizer
+            begin anew (`--ckpt_path` continues a run instead).
         learning_rate: Peak learning rate of AdamW.
         weight_decay: On matrices; norms have none.
         betas: AdamW's moment decays.
@@ -83,6 +88,7 @@ class DrafterModule(LightningModule):
         mask_token_id: int | None = None,
         intermediate_size: int | None = None,
         init_from_target: InitFromTarget = "norm",
+        init_from: str | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -111,6 +117,7 @@ class DrafterModule(LightningModule):
                 "mask_token_id": mask_token_id,
                 "intermediate_size": intermediate_size,
                 "init_from_target": init_from_target,
+                "init_from": init_from,
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
                 "betas": list(betas),
@@ -154,6 +161,8 @@ class DrafterModule(LightningModule):
             UserError: The drafter was made for a target of another width or depth.
         """
         self._target = target
+        if self.drafter is None and self.hparams.init_from:
+            self.drafter = self._start_from(self.hparams.init_from)
         if self.drafter is None:
             self.drafter = Drafter(self._config_for(target))
             how = self.hparams.init_from_target
@@ -174,6 +183,25 @@ class DrafterModule(LightningModule):
                 f"The drafter's mask token id {config.mask_token_id} is beyond the target's "
                 f"{target.vocab_size} embedding rows; give the target that it was trained with."
             )
+
+    def _start_from(self, path: str) -> Drafter:
+        """Returns a drafter with another's weights, to be trained further."""
+        drafter = load_drafter(path).drafter
+        drafter.float().train()
+        config = drafter.config
+        asked = self.hparams.target_layer_ids
+        if asked is not None and tuple(asked) != config.target_layer_ids:
+            raise UserError(
+                f"--model.init_from {path} reads target layers {list(config.target_layer_ids)}, "
+                f"--model.target_layer_ids says {list(asked)}; leave the latter out."
+            )
+        config.block_size = self.hparams.block_size
+        rank_zero_info(
+            f"[init_from] {path}: {config.num_hidden_layers} layers, target layers "
+            f"{list(config.target_layer_ids)}, mask token {config.mask_token_id}, as it has them; "
+            f"K {config.block_size}, as this run says"
+        )
+        return drafter
 
     def _config_for(self, target: Target) -> DrafterConfig:
         hparams = self.hparams

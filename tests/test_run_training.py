@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from drafter.model import Drafter
@@ -141,3 +142,38 @@ def test_features_kept_in_memory_give_the_same_training(tmp_path):
     for other in results[1:]:
         for name in results[0]:
             torch.testing.assert_close(other[name], results[0][name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_may_start_from_another_runs_weights(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    trained = cli(first, trainer__max_epochs=1)
+    changes = {
+        "data__target": trained.datamodule.target.path,
+        "model__init_from": str(first / "run"),
+        "model__loss": {"gamma": float("inf"), "alpha_focal": 0.0, "alpha_chain": 0.0},
+        "model__learning_rate": 0.0,
+    }
+    further = cli(second, **changes)
+    assert further.trainer.global_step == 10  # steps and schedule begin anew
+    assert further.model.loss.gamma == float("inf")
+    assert same(weights(further), weights(first / "run" / "checkpoints" / "best.ckpt"))
+    with pytest.raises(SystemExit):
+        cli(second, model__target_layer_ids=[0, 1], **changes)
+    assert "leave the latter out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli(second, **{**changes, "model__init_from": "nowhere"})
+    assert "nowhere: no checkpoint, run folder or drafter folder" in capsys.readouterr().err
+
+
+def test_a_block_size_of_ones_own_may_be_trained_further(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    trained = cli(first, trainer__max_epochs=1)
+    further = cli(
+        second,
+        data__target=trained.datamodule.target.path,
+        model__init_from=str(first / "run"),
+        model__block_size=6,
+    )
+    assert further.model.drafter.config.block_size == 6
