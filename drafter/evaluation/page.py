@@ -83,19 +83,52 @@ def _facts(result: Mapping[str, Any], target: Any, settings: Any) -> str:
     return f"<dl>{rows}</dl>"
 
 
+_ROUND_COLUMNS = (
+    ("accepted length", "accepted_length", 3),
+    ("per response", "accepted_length_per_response", 3),
+    ("accepted per round", "accepted_per_round", 3),
+    ("unclipped", "accepted_length_unclipped", 3),
+    ("drafted per round", "drafted_per_round", 3),
+    ("waste", "waste_ratio", 3),
+    ("waste, all anchors", "waste_ratio_all_anchors", 3),
+    ("waste of drafted", "waste_ratio_of_drafted", 3),
+)
+_SPEED_COLUMNS = (
+    ("accepted length", "accepted_length", 3),
+    ("tokens/s", "tokens_per_second", 1),
+    ("target alone", "tokens_per_second_plain", 1),
+    ("ratio", "speedup", 2),
+    ("prefill ms", "ms_prefill", 1),
+    ("draft ms", "ms_draft", 2),
+    ("verify ms", "ms_verify", 2),
+    ("bookkeeping ms", "ms_bookkeeping", 2),
+)
+
+
 def _figures_section(result: Mapping[str, Any], mode: str, names: Sequence[str]) -> str:
-    head = ["drafter", "set", "accepted length", "per response", "accepted per round"]
-    head += ["unclipped", "drafted per round", "waste", "waste, all anchors", "waste of drafted"]
-    keys = ["accepted_length", "accepted_length_per_response", "accepted_per_round"]
-    keys += ["accepted_length_unclipped", "drafted_per_round", "waste_ratio"]
-    keys += ["waste_ratio_all_anchors", "waste_ratio_of_drafted"]
-    places = [3] * len(keys)
-    if mode == "decode":
-        head += ["tokens/s", "target alone", "ratio", "prefill ms", "draft ms", "verify ms"]
-        head += ["bookkeeping ms"]
-        keys += ["tokens_per_second", "tokens_per_second_plain", "speedup", "ms_prefill"]
-        keys += ["ms_draft", "ms_verify", "ms_bookkeeping"]
-        places += [1, 1, 2, 1, 2, 2, 2]
+    """Replay's rounds in one table; the loop's rounds in another, and its speed in a third."""
+    if mode == "replay":
+        note = "Rounds read off the target's own responses."
+        tables = _figures_table(result, mode, names, _ROUND_COLUMNS)
+    else:
+        note = (
+            "One prompt at a time; every contender and the target alone in turn, synchronised, "
+            "after warm-up. Draft, verify and bookkeeping are per round, prefill per response."
+        )
+        tables = _figures_table(result, mode, names, _SPEED_COLUMNS)
+        tables += f"<h3>Rounds</h3>{_figures_table(result, mode, names, _ROUND_COLUMNS)}"
+    what = "Replay" if mode == "replay" else "The real loop"
+    return (
+        f"<section><h2>{what}</h2><p>{note} 95 % intervals below each figure.</p>{tables}</section>"
+    )
+
+
+def _figures_table(
+    result: Mapping[str, Any],
+    mode: str,
+    names: Sequence[str],
+    columns: Sequence[tuple[str, str, int]],
+) -> str:
     rows = []
     for drafter in result["drafters"]:
         found = drafter.get("figures", {}).get(mode)
@@ -104,21 +137,10 @@ def _figures_section(result: Mapping[str, Any], mode: str, names: Sequence[str])
         for name in (*names, AVERAGE):
             own = found[AVERAGE] if name == AVERAGE else found["sets"].get(name)
             if own:
-                cells = [_text(drafter["name"]), _text(name)]
-                for key, digits in zip(keys, places, strict=True):
-                    cells.append(_cell(own.get(key), digits))
-                rows.append((name == AVERAGE, [*cells, str(own["responses"])]))
-    what = "Replay" if mode == "replay" else "The real loop"
-    note = (
-        "Rounds read off the target's own responses."
-        if mode == "replay"
-        else "One prompt at a time; every contender and the target alone in turn, synchronised, "
-        "after warm-up. Draft, verify and bookkeeping are per round, prefill per response."
-    )
-    return (
-        f"<section><h2>{what}</h2><p>{note} 95 % intervals below each figure.</p>"
-        f"{_table([*head, 'responses'], rows)}</section>"
-    )
+                cells = [_cell(own.get(key), digits) for _, key, digits in columns]
+                named = [_text(drafter["name"]), _text(name)]
+                rows.append((name == AVERAGE, [*named, *cells, str(own["responses"])]))
+    return _table(["drafter", "set", *(head for head, _, _ in columns), "responses"], rows)
 
 
 def _differences(result: Mapping[str, Any]) -> str:
@@ -222,6 +244,7 @@ def _samples(result: Mapping[str, Any]) -> str:
     parts = []
     for drafter in result["drafters"]:
         shown = [s for s in drafter.get("samples", []) if s["mode"] == main_mode(result)]
+        shown.sort(key=lambda sample: (sample["set_name"], sample["prompt_id"]))
         for sample in shown:
             text = "".join(
                 f"<mark>{_text(piece)}</mark>" if accepted else _text(piece)
@@ -270,6 +293,7 @@ def _text(value: Any) -> str:
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0}
 main{max-width:1280px;margin:0 auto;padding:1rem 1.2rem 4rem}
+h3{font-size:1rem;margin:1.2rem 0 .4rem}
 h1{font-size:1.6rem;margin:.5rem 0 1rem}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:0}
 dt{color:#667}dd{margin:0;overflow-wrap:anywhere}
