@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,20 @@ def _raised_in(error: BaseException, package: str) -> bool:
     return any(Path(frame.filename).parent == Path(__file__).parent / package for frame in frames)
 
 
+@contextlib.contextmanager
+def memory_advice() -> Iterator[None]:
+    """Says which settings to lower when the device's memory is not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}). Lower --data.batch_size (with "
+            "--trainer.accumulate_grad_batches to keep the step's size), --data.num_anchors or "
+            "--data.max_length; --data.keep_in_memory false, or --data.cache, frees what features "
+            "take. `--ckpt_path last` goes on from the last checkpoint."
+        ) from error
+
+
 def _checkpoint_dir(run_dir: str) -> str:
     return str(Path(run_dir) / "checkpoints")
 
@@ -192,7 +208,7 @@ def main(args: list[str] | None = None) -> DrafterCLI:
 
     A run that SIGTERM ended exits with code 143, its checkpoint saved.
     """
-    with one_sentence_errors(), preempted_exit():
+    with one_sentence_errors(), memory_advice(), preempted_exit():
         return DrafterCLI(
             DrafterModule,
             OnlineHiddenStates,

@@ -107,3 +107,21 @@ def test_a_mistake_is_one_sentence_without_a_traceback(mistake, tmp_path, monkey
     assert len(error) == 1, error
     assert re.search(message, error[0]), error[0]
     assert "Traceback" not in error[0]
+
+
+def test_out_of_memory_names_the_knobs(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from drafter.module import DrafterModule
+    from tests.runs import cli
+
+    def full(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.\nMore.")
+
+    monkeypatch.setattr(DrafterModule, "training_step", full)
+    with pytest.raises(SystemExit) as stop:
+        cli(tmp_path)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    for knob in ("data.batch_size", "data.num_anchors", "data.max_length", "7.00 GiB"):
+        assert knob in error
