@@ -73,8 +73,9 @@ class Divergence:
 
 
 MOST_NOISE_RATIO = 6.0
-"""Measured on SmolLM2 in bf16: right passes stay below 4.5 in 178 divergences; logits of a wrong row
-come to 10 and more, a shifted position or a stale cache entry to 4 to 30 at the slots behind it."""
+"""Measured on SmolLM2 in bf16: right passes stay below 4.5 in 178 divergences; logits of a wrong
+row come to 10 and more, a shifted position or a stale cache entry to 4 to 30 at the slots behind
+it."""
 
 
 def explain(
