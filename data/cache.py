@@ -11,7 +11,6 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -20,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace
 from data.cache_build import Builder, CacheSettings, faults, repair
 from data.cache_format import HELD_OUT, REPLAY, TRAIN, Manifest, read_manifest
 from drafter.errors import UserError, one_sentence_errors
+from drafter.evaluation.recipes import yaml_value
 
 FROM_RUN = {
     "data": [field.name for field in fields(CacheSettings)],
@@ -73,15 +73,13 @@ def with_run_settings(args: list[str]) -> list[str]:
     taken: list[str] = []
     for group, names in FROM_RUN.items():
         own = content.get(group) or {}
-        taken += [f"--{name}={_word(own[name])}" for name in names if own.get(name) is not None]
+        taken += [
+            f"--{name}={yaml_value(own[name])}" for name in names if own.get(name) is not None
+        ]
         if group == "verification" and own.get("batch_size") is not None:
             taken.append(f"--verify_batch_size={own['batch_size']}")
     # what stands on the command line comes later, so it wins
     return [*args[:place], *taken, *args[place + 2 :]]
-
-
-def _word(value: Any) -> str:
-    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()
 
 
 def run_build(options: Namespace) -> None:

@@ -38,7 +38,7 @@ from data.prompt_sets import held_out_prompts
 from data.render import fingerprint
 from data.rows import TokenRow
 from data.stored_target import StoredTarget, save_target
-from drafter.blocks import PADDING_DOCUMENT, candidates
+from drafter.blocks import candidates
 from drafter.errors import UserError
 from drafter.evaluation.trajectories import (
     Trajectory,
@@ -47,6 +47,7 @@ from drafter.evaluation.trajectories import (
 )
 from drafter.files import file_stamp, write_atomic
 from drafter.layer_ids import assert_finite_features, check_layer_ids, default_layer_ids
+from drafter.packing import batches_by_length, pad_rows
 from drafter.sampling import argmax
 from drafter.target import Target
 
@@ -364,7 +365,8 @@ class Builder:
         states: list[Tensor | None] = [None] * len(rows)
         lasts: list[Tensor | None] = [None] * len(rows)
         scored = equal = 0
-        for batch in self._batches(rows):
+        lengths = [len(row.input_ids) for row in rows]
+        for batch in batches_by_length(lengths, self.batch_tokens):
             found = self._features([rows[i] for i in batch])
             for place, i in enumerate(batch):
                 row, tokens = rows[i], len(rows[i].input_ids)
@@ -393,26 +395,9 @@ class Builder:
         )
         write_atomic(path.with_suffix(".json"), json.dumps(asdict(shard), indent=1))
 
-    def _batches(self, rows: Sequence[TokenRow]) -> list[list[int]]:
-        waiting = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-        batches = []
-        while waiting:
-            size = max(1, self.batch_tokens // len(rows[waiting[0]].input_ids))
-            batches.append(waiting[:size])
-            waiting = waiting[size:]
-        return batches
-
     def _features(self, rows: Sequence[TokenRow]) -> Any:
-        length = max(len(row.input_ids) for row in rows)
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        documents = torch.full_like(ids, PADDING_DOCUMENT)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.input_ids)] = torch.from_numpy(row.input_ids)
-            documents[i, : len(row.input_ids)] = 0
-        device = self.target.device
-        found = self.target.features(
-            ids.to(device), documents.to(device), self.layer_ids, last_hidden=True
-        )
+        ids, documents = pad_rows([row.input_ids for row in rows], self.target.device)
+        found = self.target.features(ids, documents, self.layer_ids, last_hidden=True)
         names = torch.tensor([row.sample_id for row in rows])
         assert_finite_features(found.hidden_states, self.layer_ids, names)
         return found

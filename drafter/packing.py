@@ -5,10 +5,14 @@ Legend: B rows, S tokens per row, P documents of the batch, T tokens of the long
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from drafter.blocks import PADDING_DOCUMENT
 
 
 class Unpacked(NamedTuple):
@@ -50,3 +54,37 @@ def unpack(input_ids: Tensor, document_ids: Tensor) -> Unpacked:
     unpacked_PT = torch.zeros_like(inside_PT, dtype=torch.long)
     unpacked_PT[inside_PT] = input_ids[real_BS]
     return Unpacked(unpacked_PT, inside_PT, real_BS)
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int] | np.ndarray], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns (B, S) int64 ids and document ids of rows of one document each, right-padded.
+
+    Args:
+        rows: Token ids of each.
+        device: Where the result goes.
+    """
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    documents = torch.full_like(ids, PADDING_DOCUMENT)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.as_tensor(tokens)
+        documents[row, : len(tokens)] = 0
+    return ids.to(device), documents.to(device)
+
+
+def batches_by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Returns which rows to run together: alike in length, padding within `most_tokens`.
+
+    Example:
+        >>> batches_by_length([2, 9, 3, 2], most_tokens=6)
+        [[1], [2, 0], [3]]
+    """
+    # the longest first, so that it sets its batch's size
+    waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = []
+    while waiting:
+        size = max(1, most_tokens // lengths[waiting[0]])
+        batches.append(waiting[:size])
+        waiting = waiting[size:]
+    return batches

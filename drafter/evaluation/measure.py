@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from drafter.blocks import PADDING_DOCUMENT
 from drafter.decoding import (
     CachedDrafter,
     CachedTarget,
@@ -26,6 +25,7 @@ from drafter.decoding import (
 from drafter.evaluation.trajectories import Trajectory, TrajectorySettings
 from drafter.metrics import AcceptanceByPosition, AcceptedLength, WasteRatio
 from drafter.model import Drafter
+from drafter.packing import batches_by_length, pad_rows
 from drafter.prompt_lookup import PromptLookup
 from drafter.replay import ResponseCounts, count_decoded, count_rounds, replay_slots, thin
 from drafter.sampling import GeneratorSource, keyed_uniforms
@@ -124,12 +124,8 @@ class FeatureStore:
     ) -> list[Tensor]:
         """Returns features (1, S, L*D) of a batch of trajectories, by one pass of the target."""
         rows = [trajectory.tokens for trajectory in trajectories]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        documents = torch.full_like(ids, PADDING_DOCUMENT)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            documents[row, : len(tokens)] = 0
-        found = target.features(ids.to(target.device), documents.to(target.device), layer_ids)
+        ids, documents = pad_rows(rows, target.device)
+        found = target.features(ids, documents, layer_ids)
         return [
             found.hidden_states[row : row + 1, : len(tokens)] for row, tokens in enumerate(rows)
         ]
@@ -137,15 +133,7 @@ class FeatureStore:
 
 def feature_batches(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     """Returns which trajectories the target runs together, within FEATURE_BATCH_TOKENS."""
-    # similar lengths together, or most of the work is padding; the longest first, so that it sets
-    # its batch's size
-    waiting = sorted(range(len(trajectories)), key=lambda i: -trajectories[i].length)
-    batches = []
-    while waiting:
-        size = max(1, FEATURE_BATCH_TOKENS // trajectories[waiting[0]].length)
-        batches.append(waiting[:size])
-        waiting = waiting[size:]
-    return batches
+    return batches_by_length([t.length for t in trajectories], FEATURE_BATCH_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Row:
         """Returns the command line of train.py's `fit` for a run of it, run folder apart."""
         out = [part for config in self.configs for part in ("--config", config)]
         out += [*overrides, f"--seed_everything={seed}"]
-        return out + [f"--{key}={_yaml_value(value)}" for key, value in self.flags.items()]
+        return out + [f"--{key}={yaml_value(value)}" for key, value in self.flags.items()]
 
     def family(self, overrides: Sequence[str] = ()) -> str:
         """Returns 8 hex digits of a hash over all that training depends on but the seed."""
@@ -222,6 +222,6 @@ def _listed(value: Any) -> list[str]:
     ]
 
 
-def _yaml_value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """Returns a value as train.py reads it from a flag."""
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n...\n").strip()
