@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from callbacks.predictions import PredictionWriter
 from callbacks.preemption import Preemption, preempted_exit
+from callbacks.resume import Resume
 from callbacks.run_files import Provenance, RunSummary, SaveRunConfig
 from callbacks.verification import SpeculativeVerification
 from data.online import OnlineHiddenStates
@@ -43,6 +44,7 @@ class DrafterCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint_best")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint_last")
         parser.add_lightning_class_args(Preemption, "preemption")
+        parser.add_lightning_class_args(Resume, "resume")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("model.block_size", "data.block_size")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_int_seed)
@@ -208,6 +210,8 @@ def main(args: list[str] | None = None) -> DrafterCLI:
 
     A run that SIGTERM ended exits with code 143, its checkpoint saved.
     """
+    # what we log is the same on every rank already
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     with one_sentence_errors(), memory_advice(), preempted_exit():
         return DrafterCLI(
             DrafterModule,

@@ -31,6 +31,7 @@ from drafter.evaluation.trajectories import (
     target_argmax_share,
 )
 from drafter.files import cache_root
+from drafter.model import Drafter
 from drafter.ranks import sum_over_ranks
 from drafter.sampling import Sampling
 
@@ -221,14 +222,14 @@ class SpeculativeVerification(Callback):
 
     def _verify(self, trainer: Trainer, pl_module: LightningModule) -> Verified:
         begun = time.perf_counter()
-        drafter, target = pl_module.drafter, pl_module.target
+        trained, target = pl_module.drafter, pl_module.target
         names = sorted({t.prompt.set_name for t in self._trajectories or []})
         names = _union_over_ranks(names, trainer)
-        block_size = drafter.config.block_size
+        block_size = trained.config.block_size
         metrics = {name: DrafterMetrics(block_size - 1) for name in (ALL_SETS, *names)}
         lengths = torch.zeros(block_size + 1, dtype=torch.float64)
 
-        def run() -> list[MeasuredResponse]:
+        def run(drafter: Drafter) -> list[MeasuredResponse]:
             done = []
             for response in measure(
                 drafter,
@@ -247,14 +248,14 @@ class SpeculativeVerification(Callback):
                     lengths[length] += 1
             return done
 
-        was_training = drafter.training
-        drafter.eval()
+        was_training = trained.training
         # what verification draws must not move the training run's random numbers
         device = _device(trainer)
         cards = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cards), trainer.precision_plugin.forward_context():
-            done = _on_all_ranks(run, trainer)
-        drafter.train(was_training)
+            drafter = pl_module.whole_drafter().eval()
+            done = _on_all_ranks(lambda: run(drafter), trainer)
+        trained.train(was_training)
         if trainer.world_size > 1:  # added up on the CPU, synced where the backend can
             metrics = {name: metric.to(device) for name, metric in metrics.items()}
         figures = {name: metric.compute() for name, metric in metrics.items()}

@@ -252,9 +252,9 @@ class OnlineHiddenStates(LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Returns optimizer steps per epoch, from sizes alone (no loader is touched)."""
         accumulate: int = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-        return -(-self._batches_per_epoch() // accumulate)
+        return -(-self.batches_per_epoch() // accumulate)
 
-    def _batches_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
         """Returns micro-batches per epoch and rank, within trainer.limit_train_batches."""
         _, world_size = rank_and_world(self.trainer)
         batches = -(-len(self.train_rows) // (self.batch_size * world_size))
@@ -287,7 +287,7 @@ class OnlineHiddenStates(LightningDataModule):
             dataset,
             batches,
             accumulate=accumulate,
-            limit=self._batches_per_epoch() if training else None,
+            limit=self.batches_per_epoch() if training else None,
             num_workers=self.num_workers,
             pin_memory=torch.device(self.target.device).type == "cuda",
         )

@@ -28,8 +28,14 @@ from drafter.head import score_blocks
 from drafter.initialise import InitFromTarget, initialise_from_target
 from drafter.mask_token import choose_mask_token
 from drafter.model import Drafter
-from drafter.optimisation import OptimiserSettings, apply_settings, make_optimizer
+from drafter.optimisation import (
+    OptimiserSettings,
+    apply_settings,
+    make_optimizer,
+    number_as_module,
+)
 from drafter.ranks import sum_over_ranks
+from drafter.sharding import full, is_sharded, shard, whole
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
 from losses.combined import CombinedLoss, LossOutput
@@ -132,6 +138,8 @@ class DrafterModule(LightningModule):
             },
             logger=False,
         )
+        self.schedule_origin = (0, 0)
+        """(step, epoch) since which epochs have had this run's number of steps."""
         self.decoding = decoding
         self.drafter: Drafter | None = None
         self._target: Target | None = None
@@ -151,8 +159,25 @@ class DrafterModule(LightningModule):
                 "attention: auto or sdpa."
             )
         self.attach(self.trainer.datamodule.target)  # type: ignore[attr-defined]
-        if self.hparams.compile_drafter and self.drafter is not None:
+
+    def configure_model(self) -> None:
+        """Shards the drafter if the strategy asks for it, and compiles it; once."""
+        assert self.drafter is not None
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None and not is_sharded(self.drafter):
+            if self.hparams.log_gradient_norms_every:
+                raise UserError(
+                    "--model.log_gradient_norms_every needs whole gradients, which FSDP2 spreads "
+                    "over the ranks; set it to 0, or use configs/trainer/ddp.yaml."
+                )
+            shard(self.drafter, mesh)
+        if self.hparams.compile_drafter:
             self.drafter.compile()  # in place: state-dict keys stay as they are
+
+    def whole_drafter(self) -> Drafter:
+        """Returns the drafter for use outside a training step; all ranks call it together."""
+        assert self.drafter is not None
+        return whole(self.drafter, self.device)
 
     def attach(self, target: Target) -> None:
         """Borrows a target's embedding and head; makes the drafter for it if there is none.
@@ -224,6 +249,11 @@ class DrafterModule(LightningModule):
         """Adds the drafter's config and what target it belongs to, as plain values."""
         assert self.drafter is not None
         checkpoint[CHECKPOINT_KEY] = self.drafter.config.to_dict()
+        checkpoint["schedule_origin"] = list(self.schedule_origin)
+        if "optimizer_states" in checkpoint and not is_sharded(self.drafter):
+            (state,) = checkpoint["optimizer_states"]
+            (optimizer,) = self.trainer.optimizers
+            checkpoint["optimizer_states"] = [number_as_module(state, optimizer, self)]
         if self._target is not None:
             checkpoint["target"] = {
                 "path": self._target.path,
@@ -238,6 +268,8 @@ class DrafterModule(LightningModule):
         Raises:
             UserError: The run's own settings describe another drafter.
         """
+        step, epoch = checkpoint.get("schedule_origin", (0, 0))
+        self.schedule_origin = (step, epoch)
         saved = DrafterConfig.from_dict(checkpoint[CHECKPOINT_KEY])
         if self.drafter is None:
             self.drafter = Drafter(saved)
@@ -365,7 +397,8 @@ class DrafterModule(LightningModule):
                 "model.total_steps."
             )
         steps = self.trainer.datamodule.steps_per_epoch()  # type: ignore[attr-defined]
-        total: int = max(1, self.trainer.max_epochs * steps)
+        before, epoch = self.schedule_origin
+        total: int = max(1, before + (self.trainer.max_epochs - epoch) * steps)
         return total
 
     def _progress(self) -> float:
@@ -402,7 +435,7 @@ class DrafterModule(LightningModule):
             self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True
         ):
             assert isinstance(config.scheduler, torch.optim.lr_scheduler.LambdaLR)
-            apply_settings(optimizer, config.scheduler, self._settings())
+            apply_settings(optimizer, config.scheduler, self._settings(), self._total_steps())
 
     def configure_gradient_clipping(
         self,
@@ -420,6 +453,7 @@ class DrafterModule(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.parameters() if p.grad is not None], limit or math.inf
         )
+        norm = full(norm)
         self.log("train/grad_norm", norm)
         assert self._batch is not None
         self._guard.protect(optimizer, self.parameters(), norm, self._batch, self.global_step)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,22 +63,56 @@ def make_optimizer(
         betas=settings.betas,
         fused=fused,
     )
+    factor = learning_rate_factor(settings, total_steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def learning_rate_factor(settings: OptimiserSettings, total_steps: int) -> Callable[[int], float]:
+    """Returns the factor of the learning rate by optimizer step."""
     warmup = math.ceil(settings.warmup_fraction * total_steps)
 
     def factor(step: int) -> float:  # a function: LambdaLR would save an object's settings
         floor = settings.final_lr_fraction
         return warmup_cosine(step, warmup=warmup, total=total_steps, floor=floor)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
+
+
+def number_as_module(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module
+) -> dict[str, Any]:
+    """Returns an optimizer's state with its parameters numbered in the module's order.
+
+    torch numbers them in the order of the groups, and reads any numbering; FSDP2's checkpoints are
+    numbered, and read, in the module's order. So all checkpoints are.
+
+    Args:
+        state: `optimizer.state_dict()`.
+        optimizer: Whose state it is.
+        module: Whose parameters it trains.
+    """
+    places = {id(parameter): place for place, parameter in enumerate(module.parameters())}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number = {old: places[id(parameter)] for old, parameter in enumerate(own)}
+    return {
+        "state": {number[old]: value for old, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [number[old] for old in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
 
 
 def apply_settings(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     settings: OptimiserSettings,
+    total_steps: int,
 ) -> None:
     """Puts this run's settings over those that came with a resumed optimizer's state."""
     scheduler.base_lrs = [settings.learning_rate] * len(optimizer.param_groups)
+    # the run's length may be known only now, with the checkpoint's (`schedule_origin`)
+    scheduler.lr_lambdas = [learning_rate_factor(settings, total_steps)] * len(scheduler.base_lrs)
     factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
     decays = (settings.weight_decay, 0.0)
     for group, decay in zip(optimizer.param_groups, decays, strict=True):

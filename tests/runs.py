@@ -17,6 +17,11 @@ from tests.tiny import tiny_target_dir
 from train import RUN_DIR_VARIABLE, main
 
 ROOT = Path(__file__).parent.parent
+OVERLAYS = {
+    name: ("--config", str(ROOT / "configs" / "trainer" / f"{name}.yaml"))
+    for name in ("ddp", "fsdp2")
+}
+"""Arguments that make a run one of two processes."""
 QUESTIONS = ["What is the sum of two and three?", "Tell me about the weather.", "Count them."]
 ANSWERS = ["The answer is five.", "It is cold there, and the wind is strong.", "One, two, three."]
 
@@ -104,9 +109,13 @@ def cli(folder: Path, command: str = "fit", extra: tuple[str, ...] = (), **chang
 
 
 def cli_process(
-    folder: Path, command: str = "fit", extra: tuple[str, ...] = (), **changes: Any
+    folder: Path,
+    command: str = "fit",
+    extra: tuple[str, ...] = (),
+    timeout: float = 300,
+    **changes: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `train.py COMMAND` in a process of its own; does not raise."""
+    """Runs `train.py COMMAND` in a process of its own; raises only if it outlasts `timeout` s."""
     path = folder / f"{command}.process.yaml"
     path.write_text(yaml.safe_dump(config(folder, **changes)))
     environment = {k: v for k, v in os.environ.items() if k != RUN_DIR_VARIABLE}
@@ -114,7 +123,7 @@ def cli_process(
         [sys.executable, str(ROOT / "train.py"), command, "--config", str(path), *extra],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env=environment | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         check=False,

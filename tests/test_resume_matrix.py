@@ -18,9 +18,22 @@ import pytest
 import torch
 
 from data.cache_build import Builder, CacheSettings
-from tests.runs import ROOT, cli, cli_process, config, find_target, same, scalars, weights
+from data.sampler import EpochBatches
+from drafter.module import DrafterModule
+from tests.faults import kill_at
+from tests.runs import (
+    OVERLAYS,
+    ROOT,
+    cli,
+    cli_process,
+    config,
+    find_target,
+    same,
+    scalars,
+    weights,
+)
 
-DDP = ("--config", str(ROOT / "configs" / "trainer" / "ddp.yaml"))
+DDP = OVERLAYS["ddp"]
 LAYERS = [0, 2]
 EPOCHS = 3
 
@@ -125,15 +138,6 @@ def whole(place: Path, ranks: int, source: str, accumulate: int) -> str:
     return name
 
 
-def kill_at(step: int, sig: str = "SIGTERM", rank: int = 0):
-    return (
-        "--trainer.callbacks+=tests.faults.KillAt",
-        f"--trainer.callbacks.init_args.step={step}",
-        f"--trainer.callbacks.init_args.sig={sig}",
-        f"--trainer.callbacks.init_args.rank={rank}",
-    )
-
-
 def check(place: Path, case: Case):
     straight = whole(place, case.ranks, case.source, case.accumulate)
     name = "-".join(map(str, case))
@@ -170,6 +174,28 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint_and_no_more(place):
     assert same(last(place, "killed"), last(place, straight))
 
 
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_killed_in_a_validation_it_is_made_up_for(place, epoch):
+    """... and then stopped in the next epoch: Lightning alone loses count there."""
+    case = Case(1, 0, "later", "online", 1)
+    straight, name = whole(place, 1, "online", 1), f"validating-{epoch}"
+    steps = 5 * (epoch + 1)
+    run(place, name, case, kill_at(steps, "SIGKILL", validating=True), check=-signal.SIGKILL)
+    if epoch < EPOCHS - 1:
+        resumed = ("--ckpt_path", "last", *kill_at(steps + 2))
+        run(place, name, case, resumed, check=143)
+    run(place, name, case, ("--ckpt_path", "last"))
+    assert same(last(place, name), last(place, straight))
+    ours, theirs = scalars(place / name), scalars(place / straight)
+    for tag in ("train/cross_entropy", "val/cross_entropy", "val/accepted_length"):
+        assert ours[tag] == theirs[tag], tag
+    best = [
+        torch.load(place / run_name / "checkpoints" / "best.ckpt", weights_only=True)
+        for run_name in (name, straight)
+    ]
+    assert best[0]["global_step"] == best[1]["global_step"]
+
+
 def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(place, monkeypatch):
     case = Case(1, 0, "later", "online", 1)
     straight = whole(place, 1, "online", 1)
@@ -195,13 +221,57 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(place, monk
     assert any("BestCheckpoint" in name for name in best["callbacks"])
 
 
-def test_another_world_or_batch_size_is_refused(place):
+def test_another_batch_size_is_refused_or_goes_on_at_the_next_epoch(place, monkeypatch, capsys):
     case = Case(1, 0, "first", "online", 1)
-    run(place, "refused", case, kill_at(2), check=143)
-    code, _ = run(
-        place, "refused", case, ("--ckpt_path", "last", "--data.batch_size=1"), check=None
-    )
+    run(place, "other", case, kill_at(2), check=143)
+    resumed = ("--ckpt_path", "last", "--data.batch_size=1")
+    code, _ = run(place, "other", case, resumed, check=None)
     assert code == 2
+    assert "--resume.other_sizes next_epoch" in capsys.readouterr().err
+    drawn: list[int] = []
+    real = DrafterModule.training_step
+
+    def note(self, batch, batch_idx):
+        drawn.extend(batch.sample_ids.tolist())
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(DrafterModule, "training_step", note)
+    run(place, "other", case, (*resumed, "--resume.other_sizes=next_epoch"))
+    order = EpochBatches(9, 1, seed=3)
+    wanted = []
+    for epoch in (1, 2):
+        order.set_epoch(epoch)
+        wanted += [3 + item.row for batch in order for item in batch]  # 3 rows are held out
+    assert drawn == wanted
+    end = torch.load(place / "other" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert end["global_step"] == 3 + 9 + 9
+    rates = dict(scalars(place / "other")["train/lr"])
+    assert rates[19] > rates[20] > 0  # the schedule ends where the run does
+    assert rates[20] < 0.02 * max(rates.values())
+
+    # stopped and resumed once more, it is that same run
+    run(place, "again", case, kill_at(2), check=143)
+    say = ("--ckpt_path", "last", "--data.batch_size=1", "--resume.other_sizes=next_epoch")
+    run(place, "again", case, (*say, *kill_at(14)), check=143)
+    run(place, "again", case, say)
+    assert same(last(place, "again"), last(place, "other"))
+
+
+@pytest.mark.slow
+def test_another_world_size_goes_on_at_the_next_epoch(place):
+    """One rank, then two with half the batch: the epochs after are those of an unbroken run."""
+    one, two = Case(1, 0, "first", "online", 1), Case(2, 0, "first", "online", 1)
+    run(place, "grown", one, kill_at(2), check=143)
+    code, said = run(place, "grown", two, ("--ckpt_path", "last"), check=None)
+    assert code == 2
+    assert "world_size 1 -> 2, batch_size 2 -> 1" in said
+    run(place, "grown", two, ("--ckpt_path", "last", "--resume.other_sizes=next_epoch"))
+    run(place, "alone", one, kill_at(2), check=143)
+    words = ("--ckpt_path", "last", "--trainer.accumulate_grad_batches=2", "--data.batch_size=1")
+    run(place, "alone", one, (*words, "--resume.other_sizes=next_epoch"))
+    grown, alone = last(place, "grown"), last(place, "alone")
+    for name in grown:
+        torch.testing.assert_close(grown[name], alone[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.runs import ROOT, cli, cli_process, scalars, weights
+from data.sampler import EpochBatches
+from tests.faults import kill_at
+from tests.runs import OVERLAYS, cli, cli_process, scalars, weights
 
-DDP = ("--config", str(ROOT / "configs" / "trainer" / "ddp.yaml"))
+DDP = OVERLAYS["ddp"]
 
 
 def close(a, b):
@@ -32,12 +34,36 @@ def test_two_processes_train_verify_and_agree_with_one(tmp_path):
     assert lengths[0] == pytest.approx(lengths[1], abs=1e-5)
 
 
-def test_a_rank_without_valid_anchors_does_not_hang_or_change_the_gradient(tmp_path):
-    """Three rows on two ranks: the second step's only row is rank 0's, rank 1 has a filler."""
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_a_rank_without_anchors_or_prompts_keeps_nobody_waiting(tmp_path, overlay):
+    """Five rows on two ranks, one held-out prompt: rank 1 has a filler row in each epoch's last
+    step, and nothing to verify; stopped in mid-epoch and resumed, with windows of two batches.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
-    changes = {"data__limit_rows": 6, "data__val_rows": 1, "trainer__max_epochs": 2}
-    single = cli(one, data__batch_size=4, **changes)
-    done = cli_process(two, extra=DDP, data__batch_size=2, **changes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    changes = {
+        "data__limit_rows": 6,
+        "data__val_rows": 1,
+        "trainer__max_epochs": 2,
+        "trainer__accumulate_grad_batches": 2,
+        "preemption__check_every_n_steps": 1,
+    }
+    single = cli(one, data__batch_size=2, **changes)
+    for extra, code in ((kill_at(2, rank=1), 143), (("--ckpt_path", "last"), 0)):
+        words = (*OVERLAYS[overlay], *extra)
+        done = cli_process(two, extra=words, timeout=60, data__batch_size=1, **changes)
+        assert done.returncode == code, done.stderr[-3000:]
     close(weights(two / "run" / "checkpoints" / "last.ckpt"), weights(single))
+
+
+def test_the_longest_row_visits_every_rank_and_none_has_more_rows_than_another():
+    seen = set()
+    for epoch in range(30):
+        for rank in range(4):
+            batches = EpochBatches(41, 2, rank=rank, world_size=4)
+            batches.set_epoch(epoch)
+            items = [item for batch in batches for item in batch if item.scored]
+            assert len(items) in (10, 11)
+            if any(item.row == 7 for item in items):
+                seen.add(rank)
+    assert seen == {0, 1, 2, 3}
