@@ -5,7 +5,7 @@ Legend: B rows, S tokens per row, A anchors per row, N drafted slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,9 +18,11 @@ from drafter.blocks import (
     INVALID_ANCHOR,
     PADDING_DOCUMENT,
     DraftBatch,
+    Span,
     count_valid,
     sample_anchors,
 )
+from drafter.packing import pack, place
 
 
 class Row(Protocol):
@@ -53,6 +55,8 @@ class BatchDataset(Dataset[DraftBatch]):
         seed: Of the anchors.
         pad_multiple: S is rounded up to a multiple of this: few shapes suit a compiler.
         resample: False keeps every row's anchors of epoch 0 (validation).
+        pack_length: Lay rows end to end in batch rows of up to so many tokens; 0 for one in each.
+            What is drawn and scored is the same.
         features: Where rows' features are read from, by place; None leaves them to others.
         last_hidden: Also read what the head reads.
     """
@@ -66,6 +70,7 @@ class BatchDataset(Dataset[DraftBatch]):
         seed: int = 0,
         pad_multiple: int = 1,
         resample: bool = True,
+        pack_length: int = 0,
         features: StoredFeatures | None = None,
         last_hidden: bool = False,
     ) -> None:
@@ -75,6 +80,7 @@ class BatchDataset(Dataset[DraftBatch]):
         self.seed = seed
         self.pad_multiple = pad_multiple
         self.resample = resample
+        self.pack_length = pack_length
         self.features = features
         self.last_hidden = last_hidden
 
@@ -85,49 +91,59 @@ class BatchDataset(Dataset[DraftBatch]):
     def __getitem__(self, items: list[Item]) -> DraftBatch:
         """Returns the batch of these rows."""
         rows = [self.rows[item.row] for item in items]
-        longest = max(len(row.input_ids) for row in rows)
+        lengths = [len(row.input_ids) for row in rows]
+        if self.pack_length:
+            spans = pack(lengths, self.pack_length)
+        else:
+            spans = [Span(i, 0, tokens) for i, tokens in enumerate(lengths)]
+        count, longest = 1 + max(span.row for span in spans), max(span.last for span in spans)
         length = -(-longest // self.pad_multiple) * self.pad_multiple
-        input_ids = np.zeros((len(rows), length), dtype=np.int64)
-        supervised = np.zeros((len(rows), length), dtype=bool)
-        document_ids = np.full((len(rows), length), PADDING_DOCUMENT, dtype=np.int64)
-        anchors = np.full((len(rows), self.num_anchors), INVALID_ANCHOR, dtype=np.int64)
-        for i, (item, row) in enumerate(zip(items, rows, strict=True)):
-            tokens = len(row.input_ids)
-            input_ids[i, :tokens] = row.input_ids
-            supervised[i, :tokens] = row.supervised
-            document_ids[i, :tokens] = 0
+        input_ids = np.zeros((count, length), dtype=np.int64)
+        supervised = np.zeros((count, length), dtype=bool)
+        document_ids = np.full((count, length), PADDING_DOCUMENT, dtype=np.int64)
+        positions = np.tile(np.arange(length), (count, 1))
+        drawn: list[list[np.ndarray]] = [[] for _ in range(count)]
+        laid = sorted(zip(spans, items, rows, strict=True), key=lambda one: one[0])
+        for (place_row, first, last), item, row in laid:
+            input_ids[place_row, first:last] = row.input_ids
+            supervised[place_row, first:last] = row.supervised
+            document_ids[place_row, first:last] = document_ids[place_row].max() + 1
+            positions[place_row, first:last] = np.arange(last - first)
             if item.scored:
-                anchors[i] = sample_anchors(
+                own = sample_anchors(
                     row.supervised,
                     self.num_anchors,
                     seed=self.seed,
                     sample_id=row.sample_id,
                     epoch=item.epoch if self.resample else 0,
                 )
-        # no more columns than the fullest row needs: an empty column is work for nothing
-        used = max(1, int((anchors >= 0).sum(1).max())) if self.pad_multiple == 1 else None
+                drawn[place_row].append(own[own >= 0] + first)
         batch = DraftBatch(
             input_ids=torch.from_numpy(input_ids),
             supervised=torch.from_numpy(supervised),
             document_ids=torch.from_numpy(document_ids),
-            positions=torch.arange(length).repeat(len(rows), 1),
-            anchors=torch.from_numpy(anchors[:, :used].copy()),
+            positions=torch.from_numpy(positions),
+            anchors=torch.from_numpy(self._anchors(drawn)),
             sample_ids=torch.tensor([row.sample_id for row in rows]),
+            spans=tuple(spans),
         )
         if self.features is not None:
             places = [item.row for item in items]
-            batch.hidden_states = _padded(map(self.features.hidden_states, places), length)
+            shape = (spans, count, length)
+            batch.hidden_states = place([*map(self.features.hidden_states, places)], *shape)
             if self.last_hidden:
-                batch.last_hidden = _padded(map(self.features.last_hidden, places), length)
+                batch.last_hidden = place([*map(self.features.last_hidden, places)], *shape)
         batch.valid_counts = count_valid(batch, self.block_size)
         batch.num_slots = int(batch.valid_counts.sum())
         return batch
 
-
-def _padded(rows: Iterable[Tensor], length: int) -> Tensor:
-    """Returns (B, length, F) of rows (S_i, F), zero where nothing is kept: no block looks there."""
-    rows = list(rows)
-    out = rows[0].new_zeros((len(rows), length, rows[0].shape[-1]))
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
+    def _anchors(self, drawn: list[list[np.ndarray]]) -> np.ndarray:
+        """Returns (B, A) of each row's anchors, padded; A is the fullest row's number of them."""
+        rows = [np.concatenate(own) if own else np.zeros(0, dtype=np.int64) for own in drawn]
+        # an empty column is work for nothing, but a compiler likes few shapes
+        step = 1 if self.pad_multiple == 1 else self.num_anchors
+        columns = step * max(1, max(-(-len(own) // step) for own in rows))
+        anchors = np.full((len(rows), columns), INVALID_ANCHOR, dtype=np.int64)
+        for i, own in enumerate(rows):
+            anchors[i, : len(own)] = own
+        return anchors

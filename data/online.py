@@ -5,7 +5,7 @@ Legend: B rows, S tokens per row, L tapped layers, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +13,17 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from data.batches import BatchDataset
 from data.conversations import RowSet, load_rows
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, rank_and_world
-from data.sharing import KeptFeatures, load_target, shared_features
-from drafter.blocks import DraftBatch
+from data.sharing import DocumentFeatures, KeptFeatures, load_target, shared_features
+from drafter.blocks import PADDING_DOCUMENT, DraftBatch
 from drafter.errors import UserError
+from drafter.packing import place
 from drafter.target import Features, Target, assert_finite_features
 
 
@@ -51,6 +53,8 @@ class OnlineHiddenStates(LightningDataModule):
         val_batch_size: Rows per rank in validation; None for batch_size.
         num_workers: Loader processes.
         pad_multiple: Row lengths are padded to a multiple of this.
+        pack_length: Lay the rows of a batch end to end, up to so many tokens; 0 pads each row to
+            the longest. Rows never see each other, and what is scored is the same.
         keep_in_memory: Keep every row's features after its first use: in host RAM (true), or on
             the accelerator ("device"). For small sets: it takes L*D values a token.
         cache: Folder of a feature cache (`python -m data.cache build`): rows and features are read
@@ -82,6 +86,7 @@ class OnlineHiddenStates(LightningDataModule):
         val_batch_size: int | None = None,
         num_workers: int = 0,
         pad_multiple: int = 1,
+        pack_length: int = 0,
         keep_in_memory: bool | Literal["device"] = False,
         cache: str | None = None,
         shuffle_block: int = 0,
@@ -108,6 +113,7 @@ class OnlineHiddenStates(LightningDataModule):
         self.val_batch_size = val_batch_size or batch_size
         self.num_workers = num_workers
         self.pad_multiple = pad_multiple
+        self.pack_length = pack_length
         self.keep_in_memory = keep_in_memory
         self.cache = cache
         self.shuffle_block = shuffle_block
@@ -271,6 +277,7 @@ class OnlineHiddenStates(LightningDataModule):
             block_size=self.block_size,
             seed=self.seed,
             pad_multiple=self.pad_multiple,
+            pack_length=self.pack_length,
             resample=training,
             features=rows.rows if self.cache else None,  # type: ignore[arg-type]
         )
@@ -327,28 +334,64 @@ class OnlineHiddenStates(LightningDataModule):
         Raises:
             UserError: A hidden state is NaN or infinite; names row, layer and position.
         """
-        if not self.keep_in_memory:
+        if self.keep_in_memory:
+            parts = self._kept_features(batch, layer_ids, last_hidden, row_set)
+        elif batch.packed:
+            documents = range(len(batch.sample_ids))
+            parts = self._run_documents(batch, documents, layer_ids, last_hidden)
+        else:
             batch.hidden_states, batch.last_hidden = self._run_target(
                 batch.input_ids, batch.document_ids, batch.sample_ids, layer_ids, last_hidden
             )
             return batch
+        device, shape = batch.input_ids.device, (batch.document_spans(), *batch.input_ids.shape)
+        states = [own.to(device, non_blocking=True) for own, _ in parts]
+        batch.hidden_states = place(states, *shape)
+        if last_hidden:
+            lasts = [own.to(device, non_blocking=True) for _, own in parts if own is not None]
+            batch.last_hidden = place(lasts, *shape)
+        return batch
+
+    def _kept_features(
+        self, batch: DraftBatch, layer_ids: tuple[int, ...], last_hidden: bool, row_set: str
+    ) -> list[DocumentFeatures]:
+        """Returns each document's features, after computing and keeping those seen first."""
         keys = [(row_set, layer_ids, last_hidden, sample) for sample in batch.sample_ids.tolist()]
         missing = [i for i, key in enumerate(keys) if key not in self._kept]
         if missing:
-            features = self._run_target(
-                batch.input_ids[missing],
-                batch.document_ids[missing],
-                batch.sample_ids[missing],
-                layer_ids,
-                last_hidden,
-            )
-            self._keep([keys[i] for i in missing], batch.document_ids[missing], features)
-        device, length = batch.input_ids.device, batch.input_ids.shape[1]
-        kept = [self._kept[key] for key in keys]
-        batch.hidden_states = _pad([states for states, _ in kept], length, device)
-        if last_hidden:
-            batch.last_hidden = _pad([last for _, last in kept if last is not None], length, device)
-        return batch
+            to = batch.input_ids.device if self.keep_in_memory == "device" else "cpu"
+            found = self._run_documents(batch, missing, layer_ids, last_hidden)
+            for i, (states, last) in zip(missing, found, strict=True):
+                # copies: a view would keep the whole padded batch alive
+                kept = None if last is None else last.to(to, copy=True)
+                self._kept[keys[i]] = (states.to(to, copy=True), kept)
+        return [self._kept[key] for key in keys]
+
+    def _run_documents(
+        self,
+        batch: DraftBatch,
+        which: Sequence[int],
+        layer_ids: tuple[int, ...],
+        last_hidden: bool,
+    ) -> list[DocumentFeatures]:
+        """Returns features (T, L*D) and last_hidden (T, D) or None of documents of a batch."""
+        spans = batch.document_spans()
+        ids = [batch.input_ids[spans[i].row, spans[i].first : spans[i].last] for i in which]
+        states, last = self._run_target(
+            pad_sequence(ids, batch_first=True),
+            pad_sequence(
+                [torch.zeros_like(own) for own in ids],
+                batch_first=True,
+                padding_value=PADDING_DOCUMENT,
+            ),
+            batch.sample_ids[list(which)],
+            layer_ids,
+            last_hidden,
+        )
+        return [
+            (states[i, : len(own)], None if last is None else last[i, : len(own)])
+            for i, own in enumerate(ids)
+        ]
 
     def _run_target(
         self,
@@ -361,23 +404,3 @@ class OnlineHiddenStates(LightningDataModule):
         features = self.target.features(input_ids, document_ids, layer_ids, last_hidden=last_hidden)
         assert_finite_features(features.hidden_states, layer_ids, sample_ids)
         return features
-
-    def _keep(self, keys: list[Hashable], document_ids: Tensor, features: Features) -> None:
-        states, last = features
-        place = states.device if self.keep_in_memory == "device" else "cpu"
-        for i, (key, length) in enumerate(
-            zip(keys, (document_ids >= 0).sum(1).tolist(), strict=True)
-        ):
-            # copies: a view would keep the whole padded batch alive
-            self._kept[key] = (
-                states[i, :length].to(place, copy=True),
-                None if last is None else last[i, :length].to(place, copy=True),
-            )
-
-
-def _pad(rows: list[Tensor], length: int, device: torch.device) -> Tensor:
-    """Returns (B, length, F) of rows (S_i, F), zero-padded."""
-    out = rows[0].new_zeros((len(rows), length, rows[0].shape[-1]), device=device)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row.to(device, non_blocking=True)
-    return out

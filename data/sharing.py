@@ -15,7 +15,10 @@ from torch import Tensor
 
 from drafter.target import Target
 
-KeptFeatures = dict[Hashable, tuple[Tensor, Tensor | None]]
+DocumentFeatures = tuple[Tensor, Tensor | None]
+"""hidden_states (S, L*D) and last_hidden (S, D), or None."""
+
+KeptFeatures = dict[Hashable, DocumentFeatures]
 """(row set, layer ids, with last_hidden, sample id) -> hidden_states (S, L*D), last_hidden."""
 
 

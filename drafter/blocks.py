@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,15 @@ from torch import Tensor
 
 INVALID_ANCHOR = -1
 PADDING_DOCUMENT = -1
+
+
+class Span(NamedTuple):
+    """A document's place in a batch."""
+
+    row: int
+    first: int
+    last: int
+    """Behind its last token."""
 
 
 @dataclass
@@ -31,7 +41,7 @@ class DraftBatch:
         document_ids: (B, S) int64, which document of the row a token belongs to; -1 at padding.
         positions: (B, S) int64, position within the document.
         anchors: (B, A) int64 row indices, ascending; -1 for an invalid block.
-        sample_ids: (B,) int64, the row's place in its source.
+        sample_ids: (P,) int64, each document's place in its source; P = B unless rows are packed.
         valid_counts: (N,) int64, valid slots of this batch at each drafted position.
         window_counts: (N,) int64, the same summed over the accumulation window (this rank only).
         hidden_states: (B, S, L*D) tapped layers side by side, or None before they are added.
@@ -50,6 +60,21 @@ class DraftBatch:
     last_hidden: Tensor | None = None
     num_slots: int | None = None
     """Valid slots of this batch, known on the host so that the step needs no device sync."""
+    spans: tuple[Span, ...] | None = None
+    """Where each document lies, in the order of `sample_ids`; None: one in each row, from its start
+    to its padding."""
+
+    def document_spans(self) -> tuple[Span, ...]:
+        """Returns where each document lies; waits for the device if `spans` is not set."""
+        if self.spans is not None:
+            return self.spans
+        lengths = (self.document_ids >= 0).sum(1).tolist()
+        return tuple(Span(row, 0, length) for row, length in enumerate(lengths))
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return len(self.sample_ids) != len(self.input_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DraftBatch:
         """Returns a copy whose tensors are on `device`."""

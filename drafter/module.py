@@ -162,7 +162,8 @@ class DrafterModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shards the drafter if the strategy asks for it, and compiles it; once."""
-        assert self.drafter is not None
+        if self.drafter is None:  # load_from_checkpoint asks before there is one
+            return
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None and not is_sharded(self.drafter):
             if self.hparams.log_gradient_norms_every:

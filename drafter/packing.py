@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafter.blocks import PADDING_DOCUMENT
+from drafter.blocks import PADDING_DOCUMENT, Span
 
 
 class Unpacked(NamedTuple):
@@ -71,6 +71,46 @@ def pad_rows(
         ids[row, : len(tokens)] = torch.as_tensor(tokens)
         documents[row, : len(tokens)] = 0
     return ids.to(device), documents.to(device)
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[Span]:
+    """Returns where to lay documents so that few rows hold them: first fit, the longest first.
+
+    Args:
+        lengths: Tokens of each document.
+        row_length: Tokens of a row; a longer document has a row of its own.
+
+    Example:
+        >>> pack([3, 9, 5, 2], row_length=10)
+        [Span(row=1, first=5, last=8), Span(row=0, first=0, last=9), Span(row=1, first=0, last=5), \
+Span(row=1, first=8, last=10)]
+    """
+    used: list[int] = []
+    spans: dict[int, Span] = {}
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[document]
+        fits = (row for row, tokens in enumerate(used) if tokens + length <= row_length)
+        row = next(fits, len(used))
+        if row == len(used):
+            used.append(0)
+        spans[document] = Span(row, used[row], used[row] + length)
+        used[row] += length
+    return [spans[document] for document in range(len(lengths))]
+
+
+def place(parts: Sequence[Tensor], spans: Sequence[Span], rows: int, length: int) -> Tensor:
+    """Returns (rows, length, F) with each document's states at its place, zero elsewhere.
+
+    Args:
+        parts: (T_i, F) each; it may be shorter than its span: no block looks behind it.
+        spans: As many.
+        rows: B.
+        length: S.
+    """
+    out = parts[0].new_zeros((rows, length, parts[0].shape[-1]))
+    for part, (row, first, last) in zip(parts, spans, strict=True):
+        out[row, first : first + min(len(part), last - first)] = part[: last - first]
+    return out
 
 
 def batches_by_length(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:

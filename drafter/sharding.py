@@ -72,7 +72,8 @@ def whole(drafter: Drafter, device: torch.device) -> Drafter:
         return drafter
     drafter.reshard()
     state = {name: full(tensor) for name, tensor in drafter.state_dict().items()}
-    copy = Drafter(drafter.config).to(device)
+    copy = Drafter(drafter.config)
+    copy.to(device)
     copy.load_state_dict(state)
     return copy
 
