@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from callbacks.memory import MemoryReport
 from callbacks.predictions import PredictionWriter
 from callbacks.preemption import Preemption, preempted_exit
 from callbacks.resume import Resume
@@ -45,6 +46,7 @@ class DrafterCLI(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint_last")
         parser.add_lightning_class_args(Preemption, "preemption")
         parser.add_lightning_class_args(Resume, "resume")
+        parser.add_lightning_class_args(MemoryReport, "memory")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("model.block_size", "data.block_size")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_int_seed)

@@ -74,6 +74,7 @@ class RowReport:
         kept: rows that training can use.
         tokens: tokens of those.
         supervised_tokens: those of them that are supervised.
+        longest: tokens of the longest row kept.
         truncated: rows cut to max_length (kept ones and those that lost all supervision by it).
         open_turns: assistant turns that no end-of-turn token closes.
         left_out: reason -> rows.
@@ -86,6 +87,7 @@ class RowReport:
     tokens: int = 0
     supervised_tokens: int = 0
     open_turns: int = 0
+    longest: int = 0
     left_out: dict[str, Tally] = field(default_factory=dict)
     cut: Tally = field(default_factory=Tally)
 
@@ -246,6 +248,7 @@ class RowTokenizer:
             return None
         report.kept += 1
         report.tokens += len(ids)
+        report.longest = max(report.longest, len(ids))
         report.supervised_tokens += int(supervised.sum())
         report.open_turns += open_turns
         return TokenRow(row.index, ids.astype(np.int32), supervised)

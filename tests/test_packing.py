@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_documents_lie_end_to_end_and_none_is_lost():
     for row in range(1 + max(span.row for span in spans)):
         own = sorted(span for span in spans if span.row == row)
         assert own[0].first == 0
-        assert all(a.last == b.first for a, b in zip(own, own[1:], strict=False))
+        assert all(a.last == b.first for a, b in itertools.pairwise(own))
         assert own[-1].last <= 64 or len(own) == 1  # 90 tokens have a row of their own
     assert 1 + max(span.row for span in spans) <= 5  # 294 tokens: 64 + 90 + 140 of the others
 
@@ -75,7 +76,7 @@ def test_packed_batches_hold_the_same_blocks_and_features(folder, keep):
 
 
 def test_loss_and_gradient_are_those_of_separate_rows_added_up(folder):
-    """One batch packed, the same rows apart, and each row alone with its loss's own denominators."""
+    """One batch packed, the same rows apart, and the sum of each row's own loss."""
     run = cli(folder, trainer__max_epochs=1, run_dir=str(folder / "trained"))
     module = run.model
     layers = module.drafter.config.target_layer_ids

@@ -1,0 +1,116 @@
+"""Says what a step will take of the device's memory, before the first one, and what that took."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from drafter.attention import choose_attention
+from drafter.memory import MemoryEstimate, StepSizes, estimate_step
+from drafter.sharding import is_sharded
+
+ROOM = 0.9
+"""Share of the free memory that a step may take before a warning: fragments need some."""
+
+
+class MemoryReport(Callback):
+    """Prints an estimate of a step of the longest rows, and warns if it does not fit.
+
+    Args:
+        show: Print it.
+    """
+
+    def __init__(self, show: bool = True) -> None:
+        self.show = show
+        self.estimate: MemoryEstimate | None = None
+        self._before: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the estimate; on a GPU also what is free."""
+        device = trainer.strategy.root_device
+        self.estimate = estimate = estimate_run(trainer, pl_module)
+        lines = estimate.lines()
+        needed = estimate.total - estimate.weights  # the weights are there already
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, whole = torch.cuda.mem_get_info(device)
+            lines[0] += f"; {free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
+            if needed > ROOM * free:
+                lines[1] = (
+                    f"[memory] WARNING: a step of the longest rows may not fit{lines[1][8:]} "
+                    "(data.keep_in_memory: false frees what features take)"
+                )
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        if not (self.show and trainer.is_global_zero):
+            return
+        print("\n".join(lines), flush=True)
+        writer = getattr(trainer.logger, "experiment", None)
+        if writer is not None and hasattr(writer, "add_text"):
+            writer.add_text("memory/estimate", "\n\n".join(lines), global_step=trainer.global_step)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Prints once what the first step really took."""
+        if self._before is None or not trainer.is_global_zero or not self.show:
+            return
+        taken = torch.cuda.max_memory_allocated(trainer.strategy.root_device) - self._before
+        self._before = None
+        print(f"[memory] the first step took {taken / 1e9:.2f} GB", flush=True)
+
+
+def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
+    """Returns what a step of a run takes, if its rows are the longest of the data.
+
+    Args:
+        trainer: Of the run, set up.
+        module: A `DrafterModule` with its drafter.
+    """
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    drafter, head = module.drafter, module.target.head
+    device = trainer.strategy.root_device
+    longest = datamodule.train_rows.report.longest or datamodule.max_length
+    tokens = -(-longest // datamodule.pad_multiple) * datamodule.pad_multiple
+    anchors = torch.zeros(1, min(datamodule.num_anchors, longest), device=device)
+    attention = choose_attention(
+        module.hparams.attention, anchors, tokens, drafter.config.block_size
+    )
+    strategy = trainer.strategy
+    copies = 1
+    if isinstance(strategy, DDPStrategy):
+        copies += not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
+    buffers = 5 if head.softcap else 3 if head.bias is not None or head.scale != 1.0 else 2
+    estimate = estimate_step(
+        drafter.config,
+        StepSizes(
+            rows=datamodule.batch_size,
+            tokens=tokens,
+            anchors=anchors.shape[1],
+            vocab_size=head.vocab_size,
+            chunk_rows=head.chunk_rows(),
+            compute_bytes=2 if "mixed" in str(trainer.precision) else 4,
+            feature_bytes=head.weight.element_size(),
+            attention=attention,
+            device="cuda" if device.type == "cuda" else "cpu",
+            logit_buffers=buffers,
+            gradient_copies=copies,
+        ),
+    )
+    if is_sharded(drafter):
+        ranks = trainer.world_size
+        return dataclasses.replace(
+            estimate,
+            gradients=estimate.gradients // ranks,
+            optimizer=estimate.optimizer // ranks,
+        )
+    return estimate
