@@ -37,6 +37,8 @@ class OnlineHiddenStates(LightningDataModule):
         target: Hub id or folder of a causal LM, or a .gguf file. With a cache it may be left out.
         gguf_file: Name of the GGUF file inside the folder or repository `target`.
         target_dtype: dtype to load the target in; "auto" takes the checkpoint's (fp32 for GGUF).
+        target_device_map: Spread the target over several GPUs of one process (`auto`, `balanced`,
+            `sequential`), when it does not fit on one beside the drafter.
         target_revision: Hub revision.
         trust_remote_code: Run code from the target's repository.
         train_data: Files (json, jsonl, parquet; plain or .gz) or a hub id: conversations,
@@ -72,6 +74,7 @@ class OnlineHiddenStates(LightningDataModule):
         train_data: str | list[str] = "",
         gguf_file: str | None = None,
         target_dtype: str = "auto",
+        target_device_map: str | None = None,
         target_revision: str | None = None,
         trust_remote_code: bool = False,
         train_split: str = "train",
@@ -98,6 +101,7 @@ class OnlineHiddenStates(LightningDataModule):
         self.target_path = target
         self.gguf_file = gguf_file
         self.target_dtype = target_dtype
+        self.target_device_map = target_device_map
         self.target_revision = target_revision
         self.trust_remote_code = trust_remote_code
         self.train_data = train_data
@@ -154,6 +158,11 @@ class OnlineHiddenStates(LightningDataModule):
             if not self.target_path:
                 raise UserError("No target: set --data.target, or --data.cache to a built cache.")
             device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+            if self.target_device_map and rank_and_world(self.trainer)[1] > 1:
+                raise UserError(
+                    "--data.target_device_map spreads one process's target over all GPUs, and this "
+                    "run has several processes; set trainer.devices to 1, or build a feature cache."
+                )
             self._target = load_target(
                 self.target_path,
                 gguf_file=self.gguf_file,
@@ -161,6 +170,7 @@ class OnlineHiddenStates(LightningDataModule):
                 device=device,
                 revision=self.target_revision,
                 trust_remote_code=self.trust_remote_code,
+                device_map=self.target_device_map,
             )
             shared = shared_features(self._target, self._rows_identity())
             self._kept = self._kept if shared is None else shared

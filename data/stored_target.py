@@ -52,6 +52,7 @@ class StoredTarget(Target):
         self._cache = folder
         self._num_layers = int(said["num_layers"])
         self._dtype_name = said["dtype"] if dtype == "auto" else dtype
+        self.spread = False
         self._whole: Target | None = None
         self._replay: CachedRows | None = None
         try:

@@ -175,7 +175,8 @@ class _Batch:
             if len(keep) < len(rows):
                 rows = [rows[i] for i in keep]
                 index = torch.tensor(keep, device=chosen_B.device)
-                self.cache.batch_select_indices(index)
+                # a spread target's layers keep theirs on several devices: the CPU's index fits all
+                self.cache.batch_select_indices(index.cpu() if self.target.spread else index)
                 self.mask_BS, chosen_B = self.mask_BS[index], chosen_B[index]
                 self.lengths_B = self.lengths_B[index]
             ids_BS = chosen_B.unsqueeze(1)

@@ -11,6 +11,7 @@ multiplication by the upstream gradient; no (T, V) tensor and no head gradient i
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,6 +57,13 @@ class FrozenHead:
     def vocab_size(self) -> int:
         """V, the number of rows."""
         return self.weight.shape[0]
+
+    def to(self, device: torch.device) -> FrozenHead:
+        """Returns the head with its weights on a device; itself if they are there."""
+        if self.weight.device == device:
+            return self
+        bias = None if self.bias is None else self.bias.to(device)
+        return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns logits (..., V) in fp32 (fp64 for an fp64 head) of hidden states (..., D)."""

@@ -66,14 +66,23 @@ class Target:
         head: Its output projection with scaling and soft-capping.
         layers: Its decoder layers.
         final_norm: The norm before the head.
+        spread: Whether its layers lie on several devices.
         fingerprint: Short hash of config, tokenizer and samples of the weights.
     """
 
-    def __init__(self, loaded: Loaded, path: str, gguf_file: str | None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        path: str,
+        gguf_file: str | None,
+        device: torch.device | None = None,
+        spread: bool = False,
+    ) -> None:
         # cuDNN's attention plans anew for every length that it has not seen: 60 ms a decoded token
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.path = path
         self.gguf_file = gguf_file
+        self.spread = spread
         self.model = loaded.model.eval().requires_grad_(False)
         self.tokenizer = loaded.tokenizer
         self.config = self.model.config.get_text_config()
@@ -87,6 +96,7 @@ class Target:
             self.head = match_head(self.model, ran, path)
             self._embedding_scale = match_embedding(self.model, ran, path)
             check_cached_pass(self, ran)
+        self.head = self.head.to(device or self.head.weight.device)
         self.fingerprint = fingerprint(self.model, self.tokenizer)
 
     @classmethod
@@ -99,6 +109,7 @@ class Target:
         revision: str | None = None,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
     ) -> Target:
         """Returns a frozen target.
 
@@ -111,6 +122,9 @@ class Target:
             trust_remote_code: Run code from the repository.
             attn_implementation: As transformers names it; None for its choice (SDPA where the model
                 has it).
+            device_map: Spread the layers over several GPUs of this process, as transformers does:
+                `auto`, `balanced`, `sequential` or module names to devices. What it gives is on
+                `device`.
 
         Raises:
             UserError: There is no such model, it lacks tensors, its tokenizer is another model's,
@@ -124,9 +138,11 @@ class Target:
             revision=revision,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            device_map=device_map,
         )
-        loaded.model.to(torch.device(device))
-        return cls(loaded, path, gguf_file)
+        if device_map is None:
+            loaded.model.to(torch.device(device))
+        return cls(loaded, path, gguf_file, torch.device(device), device_map is not None)
 
     @property
     def hidden_size(self) -> int:
@@ -200,7 +216,7 @@ class Target:
     def embed(self, ids: Tensor) -> Tensor:
         """Returns embeddings (..., D) of token ids (...), with the target's own scaling."""
         with frozen(self.device):
-            out: Tensor = self._embedding(ids)
+            out: Tensor = self._embedding(ids).to(ids.device)  # spread: it may lie elsewhere
             return out if self._embedding_scale == 1.0 else out * self._embedding_scale
 
     def features(
@@ -280,7 +296,8 @@ class Target:
             finally:
                 for handle in handles:
                     handle.remove()
-            taps = [kept[i] for i in layer_ids]
+            device = inputs["input_ids"].device  # a spread target's layers lie elsewhere
+            last, taps = last.to(device), [kept[i].to(device) for i in layer_ids]
             return last, torch.cat(taps, -1) if taps else last[..., :0]
 
     def session(self) -> TargetSession:

@@ -106,7 +106,8 @@ def match_head(model: Any, ran: Probe, path: str) -> FrozenHead:
             output.weight.detach(), None if bias is None else bias.detach(), scale, cap
         )
         # low precision: the model rounds its own logits, after each step it takes with them
-        if _close(head.logits(ran.last_hidden), ran.logits, _bound(ran, 1e-3, 0.03)):
+        last = ran.last_hidden.to(head.weight.device)  # elsewhere, if the target is spread
+        if _close(head.logits(last), ran.logits, _bound(ran, 1e-3, 0.03)):
             return head
     raise UserError(
         f"The target {path} ({type(model).__name__}) computes its logits in a way that is not "
@@ -187,6 +188,6 @@ def _bound(ran: Probe, full: float, low: float) -> float:
 
 def _close(ours: Tensor, theirs: Tensor, bound: float) -> bool:
     """Whether the largest difference is within a bound relative to the largest value."""
-    ours, theirs = ours.float(), theirs.float()
+    ours, theirs = ours.float(), theirs.float().to(ours.device)
     difference = float((ours - theirs).abs().max())
     return difference <= bound * float(theirs.abs().max())  # false for NaN

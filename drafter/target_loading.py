@@ -30,6 +30,7 @@ def load_model_and_tokenizer(
     revision: str | None,
     trust_remote_code: bool,
     attn_implementation: str | None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Loaded:
     """Returns model and tokenizer, read from safetensors or GGUF only; see `Target.load`."""
     if dtype not in DTYPES:
@@ -39,6 +40,8 @@ def load_model_and_tokenizer(
     if gguf_file:
         common["gguf_file"] = gguf_file
     source: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}
+    if device_map is not None:
+        source["device_map"] = device_map
     try:
         if not gguf_file:  # before gigabytes are read; a GGUF file's config takes seconds itself
             _refuse_recurrent(AutoConfig.from_pretrained(folder, **common), path)
@@ -59,6 +62,7 @@ def load_model_and_tokenizer(
         raise UserError(f"The target {path} can't be loaded: {reason}") from error
     _refuse_recurrent(model.config, path)
     _refuse_missing(model, info, path)
+    _refuse_offloaded(model, path)
     _check_tokenizer(tokenizer, model, path)
     return Loaded(model, tokenizer)
 
@@ -118,6 +122,17 @@ def _refuse_missing(model: Any, info: dict[str, Any], path: str) -> None:
             path,
             len(unexpected),
             sorted(map(str, unexpected))[0],
+        )
+
+
+def _refuse_offloaded(model: Any, path: str) -> None:
+    """A part that accelerate keeps in host memory or on disk would be read anew in every pass."""
+    outside = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if outside:
+        raise UserError(
+            f"The target {path} does not fit on the GPUs: {len(outside)} of its tensors (such as "
+            f"{outside[0]}) would be kept elsewhere. Use more GPUs, a lower target_dtype, or a "
+            "feature cache (`python -m data.cache build`)."
         )
 
 

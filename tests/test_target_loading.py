@@ -86,6 +86,32 @@ def test_a_folder_becomes_a_frozen_target(tmp_path, family, tied):
     assert tied == torch.equal(target.head.weight, table)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_spread_target_is_the_same_target(tmp_path, family):
+    """On a CPU all modules get the same device; `benchmarks/two_gpus.py` spreads one over two."""
+    folder = tiny_target_dir(tmp_path, family, True)
+    plain, spread = Target.load(folder), Target.load(folder, device_map={"": "cpu"})
+    assert (plain.spread, spread.spread) == (False, True)
+    assert plain.fingerprint == spread.fingerprint
+    ids = torch.arange(12).unsqueeze(0) + 3
+    for a, b in zip(
+        plain.features(ids, torch.zeros_like(ids), (0, 2), last_hidden=True),
+        spread.features(ids, torch.zeros_like(ids), (0, 2), last_hidden=True),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    prompts = [[3, 4, 5], [6, 7]]
+    assert plain.generate(prompts, 8) == spread.generate(prompts, 8)
+
+
+def test_a_target_that_does_not_fit_on_the_gpus_is_refused(tmp_path):
+    folder = tiny_target_dir(tmp_path, "llama", True)
+    off = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu"}
+    off |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
+    with pytest.raises(UserError, match=r"does not fit on the GPUs: \d+ of its tensors"):
+        Target.load(folder, device_map=off)
+
+
 def test_every_place_that_names_an_eos_is_read(tmp_path):
     folder = Path(tiny_target_dir(tmp_path))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
