@@ -141,6 +141,14 @@ class SpeculativeVerification(Callback):
             trainer.logger.log_metrics(scalars, step=0)
         self._show(trainer, self.initial, "before training", step=0)
 
+    def cache_settings(self) -> dict[str, Any]:
+        """Returns which held-out responses a feature cache has to hold for this callback."""
+        return {
+            "prompts_per_set": self.prompts_per_set,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "verify_batch_size": self.batch_size,
+        }
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs, on every rank alike, so that a checkpoint can monitor the result."""
         if not self._due(trainer):

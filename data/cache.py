@@ -16,8 +16,9 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from data.cache_build import Builder, CacheSettings, faults, repair
+from data.cache_build import Builder, CacheSettings
 from data.cache_format import HELD_OUT, REPLAY, TRAIN, Manifest, read_manifest
+from data.cache_repair import faults, repair
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.recipes import yaml_value
 

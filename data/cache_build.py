@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from data.files import lock
 from data.online import OnlineHiddenStates
 from data.prompt_sets import held_out_prompts
 from data.render import fingerprint
-from data.rows import TokenRow
+from data.rows import RowSet, TokenRow
 from data.stored_target import StoredTarget, save_target
 from drafter.blocks import candidates
 from drafter.errors import UserError
@@ -130,6 +130,8 @@ class Builder:
         batch_tokens: Tokens that the target runs at once, padding included.
         budget_gb: Refuse a cache that is larger; None for what the disk has.
         progress: Show bars.
+        target: Loaded already, as the settings say.
+        parts: Rows by part, likewise.
 
     Raises:
         UserError: The folder holds a cache of other settings, or what `OnlineHiddenStates` raises.
@@ -144,6 +146,8 @@ class Builder:
         batch_tokens: int = 8192,
         budget_gb: float | None = None,
         progress: bool = True,
+        target: Target | None = None,
+        parts: dict[str, RowSet] | None = None,
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -153,7 +157,7 @@ class Builder:
         if settings.dtype not in ("bfloat16", "float16", "float32"):
             raise UserError(f"dtype is {settings.dtype!r}; choose bfloat16, float16 or float32.")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.target = Target.load(
+        self.target = target or Target.load(
             settings.target,
             gguf_file=settings.gguf_file,
             dtype=settings.target_dtype,
@@ -166,11 +170,12 @@ class Builder:
             chosen = default_layer_ids(self.target.num_layers, settings.num_taps)
         check_layer_ids(chosen, self.target.num_layers)
         self.layer_ids = tuple(chosen)
-        self.parts, self.report = self._load_rows()
+        self.parts = parts or self._load_rows()
+        self.report = {name: rows.report.to_dict() for name, rows in self.parts.items()}
         self.trajectories: list[Trajectory] = []
         self.identity = self._identity()
 
-    def _load_rows(self) -> tuple[dict[str, Sequence[TokenRow]], dict[str, Any]]:
+    def _load_rows(self) -> dict[str, RowSet]:
         given = asdict(self.settings)
         if not given["train_data"]:
             raise UserError("no rows to build a cache of: pass --train_data, or --from RUN.yaml.")
@@ -179,10 +184,10 @@ class Builder:
         datamodule = OnlineHiddenStates(**{name: given[name] for name in wanted.split()})
         datamodule.use_target(self.target)
         datamodule.setup("fit")
-        parts: dict[str, Any] = {TRAIN: datamodule.train_rows}
+        parts = {TRAIN: datamodule.train_rows}
         if datamodule.val_row_set is not None:
             parts[HELD_OUT] = datamodule.val_row_set
-        return parts, {name: rows.report.to_dict() for name, rows in parts.items()}
+        return parts
 
     def _identity(self) -> dict[str, Any]:
         target, settings = self.target, self.settings
@@ -210,7 +215,7 @@ class Builder:
         """Returns all shards: rows in order, each shard filled up to `shard_gb`."""
         shards: list[PlannedShard] = []
         self._generate()
-        parts = {**self.parts, REPLAY: self._replay_rows()}
+        parts: dict[str, Sequence[TokenRow]] = {**self.parts, REPLAY: self._replay_rows()}
         for part, rows in parts.items():
             first, size = 0, HEADER_BYTES
             for place, row in enumerate(rows):
@@ -272,36 +277,44 @@ class Builder:
             UserError: Other settings, no room, or a state that is not finite.
         """
         begun = time.perf_counter()
+        shards = self.prepare()
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        start = rank * len(shards) // max(1, world)
+        self.build([*shards[start:], *shards[:start]])
+        while not (self.folder / MANIFEST).exists():
+            with lock(self.folder / "finish.lock") as free:
+                if free and not (self.folder / MANIFEST).exists():
+                    self.finish(shards, time.perf_counter() - begun)
+            if not (self.folder / MANIFEST).exists():
+                time.sleep(POLL_SECONDS)
+        return read_manifest(self.folder)
+
+    def prepare(self) -> list[PlannedShard]:
+        """Makes the folder the cache's own and returns the plan, after a look at the room."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
         with lock(self.folder / "trajectories.lock") as _:
             shards = self.plan()
         self._check_room(shards)
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        start = rank * len(shards) // max(1, world)
-        mine = [*shards[start:], *shards[:start]]
+        return shards
+
+    def build(self, shards: Sequence[PlannedShard]) -> None:
+        """Builds those shards that are missing, or waits for the processes that are at them."""
         total = sum(shard.bytes for shard in shards)
         with tqdm(
             total=total, desc="features", unit="B", unit_scale=True, disable=not self.progress
         ) as bar:
-            waiting = mine
+            waiting = list(shards)
             while waiting:
                 left = []
                 for planned in waiting:
-                    if self._done(planned) or self._build_if_free(planned):
+                    if self.done(planned) or self._build_if_free(planned):
                         bar.update(planned.bytes)
                     else:
                         left.append(planned)
                 waiting = left
                 if waiting:  # another process is at them
                     time.sleep(POLL_SECONDS)
-        while not (self.folder / MANIFEST).exists():
-            with lock(self.folder / "finish.lock") as free:
-                if free and not (self.folder / MANIFEST).exists():
-                    self._finish(shards, time.perf_counter() - begun)
-            if not (self.folder / MANIFEST).exists():
-                time.sleep(POLL_SECONDS)
-        return read_manifest(self.folder)
 
     def _claim(self) -> None:
         """Says what this folder holds; refuses one that holds something else."""
@@ -320,7 +333,7 @@ class Builder:
 
     def _check_room(self, shards: Sequence[PlannedShard]) -> None:
         whole = self.estimate_bytes(shards)
-        left = whole - sum(shard.bytes for shard in shards if self._done(shard))
+        left = whole - sum(shard.bytes for shard in shards if self.done(shard))
         free = shutil.disk_usage(self.folder).free
         tokens = sum(row.tokens for row in self._reports())
         print(
@@ -343,7 +356,8 @@ class Builder:
     def _reports(self) -> list[Any]:
         return [rows.report for rows in self.parts.values()]  # type: ignore[attr-defined]
 
-    def _done(self, planned: PlannedShard) -> bool:
+    def done(self, planned: PlannedShard) -> bool:
+        """Returns whether a shard is there, whole."""
         sidecar = self._sidecar(planned)
         return sidecar is not None and check_shard(self.folder, sidecar) is None
 
@@ -353,9 +367,9 @@ class Builder:
 
     def _build_if_free(self, planned: PlannedShard) -> bool:
         with lock(self.folder / f".{planned.file}.lock") as free:
-            if free and not self._done(planned):
+            if free and not self.done(planned):
                 self._build(planned)
-        return self._done(planned)
+        return self.done(planned)
 
     def _build(self, planned: PlannedShard) -> None:
         replay = planned.part == REPLAY
@@ -377,16 +391,33 @@ class Builder:
                     until = tokens if replay else last_positions(row)
                     lasts[i] = last[:until].to(self.dtype).cpu()
                 if not replay:
-                    hits, total = self._argmax_hits(row, last)
+                    hits, total = self.argmax_hits(row, last)
                     equal, scored = equal + hits, scored + total
+        write_shard(
+            self.folder / planned.file,
+            rows,
+            states,  # type: ignore[arg-type]
+            lasts if keep_last else None,  # type: ignore[arg-type]
+        )
+        positions = sum(len(own) for own in states if own is not None)
+        self.describe_shard(planned, rows, positions, scored, equal)
+
+    def describe_shard(
+        self,
+        planned: PlannedShard,
+        rows: Sequence[TokenRow],
+        positions: int,
+        scored: int,
+        equal: int,
+    ) -> None:
+        """Writes what is said of a shard whose file is complete."""
         path = self.folder / planned.file
-        write_shard(path, rows, states, lasts if keep_last else None)  # type: ignore[arg-type]
         shard = Shard(
             planned.file,
             planned.part,
             planned.first,
             len(rows),
-            sum(len(own) for own in states if own is not None),
+            positions,
             sum(len(row.input_ids) for row in rows),
             path.stat().st_size,
             file_sha256(path),
@@ -402,7 +433,7 @@ class Builder:
         assert_finite_features(found.hidden_states, self.layer_ids, names)
         return found
 
-    def _argmax_hits(self, row: TokenRow, last_SD: Tensor) -> tuple[int, int]:
+    def argmax_hits(self, row: TokenRow, last_SD: Tensor) -> tuple[int, int]:
         """Returns (scored tokens that the target would have written, scored tokens)."""
         before = torch.from_numpy(candidates(row.supervised)).to(last_SD.device)
         labels = torch.from_numpy(row.input_ids).to(last_SD.device)[before + 1]
@@ -412,7 +443,8 @@ class Builder:
             hits += int((argmax(self.target.head.logits(part)) == wanted).sum())
         return hits, len(labels)
 
-    def _finish(self, shards: Sequence[PlannedShard], seconds: float) -> None:
+    def finish(self, shards: Sequence[PlannedShard], seconds: float) -> None:
+        """Writes the target's frozen parts and, last, the manifest; all shards must be there."""
         frozen = save_target(self.target, self.folder / StoredTarget.FOLDER)
         found = [self._sidecar(planned) for planned in shards]
         assert all(found)
@@ -436,47 +468,3 @@ def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
         elif a != b:
             lines.append(f"{prefix}{name}: {a} there, {b} asked for")
     return lines
-
-
-def faults(folder: Path, manifest: Manifest, progress: bool = True) -> dict[str, str]:
-    """Returns what is wrong by file, after reading every byte of the cache."""
-    found: dict[str, str] = {}
-    for shard in tqdm(manifest.shards, desc="verify", unit="shard", disable=not progress):
-        fault = check_shard(folder, shard, thorough=True)
-        if fault:
-            found[shard.file] = fault
-    for name, digest in manifest.frozen.items():
-        path = folder / StoredTarget.FOLDER / name
-        if not path.exists():
-            found[name] = f"{path} is missing"
-        elif file_sha256(path) != digest:
-            found[name] = f"{path} is not what was written: its sha256 differs"
-    return found
-
-
-def repair(folder: Path, device: str, progress: bool = True) -> list[str]:
-    """Builds anew what is damaged, and nothing else; returns the names of those files."""
-    manifest = read_manifest(folder)
-    damaged = faults(folder, manifest, progress)
-    if not damaged:
-        return []
-    names = {f.name for f in fields(CacheSettings)}
-    stored = manifest.identity["settings"]
-    builder = Builder(
-        CacheSettings(**{name: stored[name] for name in names & stored.keys()}),
-        folder,
-        device=device,
-        progress=progress,
-    )
-    differing = differences(manifest.identity, builder.identity)
-    if differing:
-        raise UserError(
-            f"{folder} can't be repaired: what it was made of has changed ({'; '.join(differing)})."
-        )
-    (folder / MANIFEST).unlink()
-    for shard in manifest.shards:
-        if shard.file in damaged:
-            (folder / shard.file).unlink(missing_ok=True)
-            (folder / shard.file).with_suffix(".json").unlink(missing_ok=True)
-    builder.run()
-    return sorted(damaged)

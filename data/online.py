@@ -5,9 +5,11 @@ Legend: B rows, S tokens per row, L tapped layers, D hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from data.batches import BatchDataset
+from data.cache_format import HELD_OUT, MANIFEST, TRAIN, CachedRows
 from data.conversations import RowSet, load_rows
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, rank_and_world
@@ -24,7 +27,11 @@ from data.sharing import DocumentFeatures, KeptFeatures, load_target, shared_fea
 from drafter.blocks import PADDING_DOCUMENT, DraftBatch
 from drafter.errors import UserError
 from drafter.packing import place
+from drafter.ranks import sum_over_ranks
 from drafter.target import Features, Target, assert_finite_features
+
+if TYPE_CHECKING:
+    from data.cache_fill import CacheFilling
 
 
 class OnlineHiddenStates(LightningDataModule):
@@ -61,6 +68,9 @@ class OnlineHiddenStates(LightningDataModule):
             the accelerator ("device"). For small sets: it takes L*D values a token.
         cache: Folder of a feature cache (`python -m data.cache build`): rows and features are read
             from it, and the target's frozen parts; the whole target is not loaded.
+        fill_cache: Where `cache` is not complete yet, run the target, keep what it gives there, and
+            read it from the second epoch on. All ranks must see the folder.
+        cache_dtype: Of the features that `fill_cache` keeps, and trains on from the first step.
         shuffle_block: Shuffle blocks of so many neighbouring rows, and rows within a few blocks,
             for disks that are slow to seek; 0 shuffles all rows.
         predict_prompts: Files of prompts for `predict`.
@@ -92,6 +102,8 @@ class OnlineHiddenStates(LightningDataModule):
         pack_length: int = 0,
         keep_in_memory: bool | Literal["device"] = False,
         cache: str | None = None,
+        fill_cache: bool = False,
+        cache_dtype: str = "bfloat16",
         shuffle_block: int = 0,
         predict_prompts: str | list[str] | None = None,
         predict_limit: int | None = None,
@@ -120,6 +132,8 @@ class OnlineHiddenStates(LightningDataModule):
         self.pack_length = pack_length
         self.keep_in_memory = keep_in_memory
         self.cache = cache
+        self.fill_cache = fill_cache
+        self.cache_dtype = cache_dtype
         self.shuffle_block = shuffle_block
         self.predict_prompts = predict_prompts
         self.predict_limit = predict_limit
@@ -127,7 +141,9 @@ class OnlineHiddenStates(LightningDataModule):
         self._target: Target | None = None
         self._train_rows: RowSet | None = None
         self._val_rows: RowSet | None = None
+        self._fills = False
         self._kept: KeptFeatures = {}
+        self._filling: CacheFilling | None = None
 
     @property
     def target(self) -> Target:
@@ -152,7 +168,13 @@ class OnlineHiddenStates(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Loads the target onto this rank's device, and the rows that `stage` needs."""
-        if self._target is None and self.cache:
+        if self.fill_cache and (not self.cache or self.keep_in_memory):
+            raise UserError(
+                "--data.fill_cache needs a folder (--data.cache), and keep_in_memory off: the "
+                "cache keeps the features."
+            )
+        self._fills = self.fill_cache and not (Path(self.cache or "") / MANIFEST).exists()
+        if self._target is None and self.cache and not self._fills:
             self._open_cache("cpu" if self.trainer is None else self.trainer.strategy.root_device)
         if self._target is None:
             if not self.target_path:
@@ -194,6 +216,64 @@ class OnlineHiddenStates(LightningDataModule):
                     f"{getattr(self, name)!r}"
                 )
         rank_zero_info(f"Training rows: {opened.train.report}")
+
+    def _begin_filling(self) -> CacheFilling:
+        """Returns the cache that this run fills, as it was left if a run before has begun it."""
+        from data.cache_build import Builder, CacheSettings
+        from data.cache_fill import CacheFilling
+
+        assert self.trainer is not None
+        layer_ids, last_hidden = self.trainer.lightning_module.feature_request()
+        given: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (field.name for field in dataclasses.fields(CacheSettings))
+            if hasattr(self, name) and name != "target"
+        }
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            given |= getattr(callback, "cache_settings", dict)()
+        rank, world_size = rank_and_world(self.trainer)
+        parts = {TRAIN: self.train_rows}
+        if self._val_rows is not None:
+            parts[HELD_OUT] = self._val_rows
+        device = self.trainer.strategy.root_device
+        return CacheFilling(
+            Builder(
+                CacheSettings(
+                    target=self.target_path,
+                    target_layer_ids=list(layer_ids),
+                    dtype=self.cache_dtype,
+                    last_hidden=last_hidden,
+                    **given,
+                ),
+                Path(self.cache or ""),
+                progress=rank == 0,
+                target=self.target,
+                parts=parts,
+            ),
+            rank,
+            world_size,
+            lambda value: float(sum_over_ranks(torch.tensor(value), device)),
+        )
+
+    def _read_if_filled(self, dataset: BatchDataset) -> None:
+        """Reads features from the cache that this run has filled, once it is complete."""
+        manifest = None if self._filling is None else self._filling.finish()
+        if manifest is not None:
+            assert self._filling is not None
+            dataset.features = CachedRows(self._filling.folder, manifest.part(TRAIN))
+            self._filling = None
+
+    def teardown(self, stage: str) -> None:
+        """Makes a cache of what a single epoch has filled."""
+        if self._filling is not None and stage == "fit":
+            self._filling.finish()
+            self._filling = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Has no state; what was kept before a checkpoint must outlast the process, though."""
+        if self._filling is not None:
+            self._filling.flush()
+        return {}
 
     def _rows_identity(self) -> tuple[Any, ...]:
         """What decides which tokens a sample id stands for."""
@@ -239,6 +319,8 @@ class OnlineHiddenStates(LightningDataModule):
     def train_dataloader(self) -> DraftLoader:
         """Returns this rank's resumable loader."""
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        if self._fills and self._filling is None:
+            self._filling = self._begin_filling()
         return self._loader(self.train_rows, self.batch_size, training=True, accumulate=accumulate)
 
     def val_dataloader(self) -> DraftLoader | list[Any]:
@@ -289,7 +371,7 @@ class OnlineHiddenStates(LightningDataModule):
             pad_multiple=self.pad_multiple,
             pack_length=self.pack_length,
             resample=training,
-            features=rows.rows if self.cache else None,  # type: ignore[arg-type]
+            features=rows.rows if isinstance(rows.rows, CachedRows) else None,
         )
         batches = EpochBatches(
             len(rows),
@@ -305,6 +387,7 @@ class OnlineHiddenStates(LightningDataModule):
             batches,
             accumulate=accumulate,
             limit=self.batches_per_epoch() if training else None,
+            before_epoch=partial(self._read_if_filled, dataset) if training else None,
             num_workers=self.num_workers,
             pin_memory=torch.device(self.target.device).type == "cuda",
         )
@@ -344,7 +427,9 @@ class OnlineHiddenStates(LightningDataModule):
         Raises:
             UserError: A hidden state is NaN or infinite; names row, layer and position.
         """
-        if self.keep_in_memory:
+        if self._fills:
+            parts = self._filled(batch, layer_ids, last_hidden, row_set)
+        elif self.keep_in_memory:
             parts = self._kept_features(batch, layer_ids, last_hidden, row_set)
         elif batch.packed:
             documents = range(len(batch.sample_ids))
@@ -361,6 +446,22 @@ class OnlineHiddenStates(LightningDataModule):
             lasts = [own.to(device, non_blocking=True) for _, own in parts if own is not None]
             batch.last_hidden = place(lasts, *shape)
         return batch
+
+    def _filled(
+        self, batch: DraftBatch, layer_ids: tuple[int, ...], last_hidden: bool, row_set: str
+    ) -> list[DocumentFeatures]:
+        """Returns each document's features as the cache keeps them, and keeps them there."""
+        documents = range(len(batch.sample_ids))
+        found = self._run_documents(batch, documents, layer_ids, last_hidden=True)
+        own = batch.num_slots != 0  # else the row is another rank's
+        if self._filling is not None and row_set == "train" and own:
+            states, lasts = zip(*found, strict=True)
+            self._filling.add(batch.sample_ids.tolist(), states, lasts)
+        dtype = getattr(torch, self.cache_dtype)
+        return [
+            (states.to(dtype), None if last is None or not last_hidden else last.to(dtype))
+            for states, last in found
+        ]
 
     def _kept_features(
         self, batch: DraftBatch, layer_ids: tuple[int, ...], last_hidden: bool, row_set: str

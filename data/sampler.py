@@ -7,7 +7,7 @@ of ranks and workers: nothing about the order is remembered but (epoch, batches 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -129,6 +129,7 @@ class DraftLoader(DataLoader[DraftBatch]):
         batches: The order.
         accumulate: Micro-batches per optimizer step.
         limit: Batches of an epoch that the trainer will take; the last window ends there.
+        before_epoch: Called on every rank before an epoch's, or the rest of one's, first batch.
         num_workers: Worker processes.
         pin_memory: Page-lock batches for transfer to a GPU.
     """
@@ -140,6 +141,7 @@ class DraftLoader(DataLoader[DraftBatch]):
         *,
         accumulate: int = 1,
         limit: int | None = None,
+        before_epoch: Callable[[], None] | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -156,6 +158,7 @@ class DraftLoader(DataLoader[DraftBatch]):
         self.batches = batches
         self.accumulate = accumulate
         self.limit = limit
+        self.before_epoch = before_epoch
         self._epoch = 0
         self._handed = 0
 
@@ -168,6 +171,8 @@ class DraftLoader(DataLoader[DraftBatch]):
 
         A generator: the epoch is read at the first `next`, after Lightning has set it.
         """
+        if self.before_epoch is not None:
+            self.before_epoch()
         if self._epoch != self.batches.epoch or self._handed >= len(self):
             self._epoch, self._handed = self.batches.epoch, 0
         first = self._handed

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data import cache
-from data.cache_build import Builder, CacheSettings, faults
+from data.cache_build import Builder, CacheSettings
 from data.cache_format import (
     MANIFEST,
     CachedRows,
@@ -22,6 +22,7 @@ from data.cache_format import (
     read_manifest,
     write_shard,
 )
+from data.cache_repair import faults
 from data.cached import CachedHiddenStates, open_cache
 from data.online import OnlineHiddenStates
 from data.rows import TokenRow

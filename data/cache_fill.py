@@ -1,0 +1,237 @@
+"""Fills a feature cache while a run trains on its rows: the target runs once, and not beforehand.
+
+The shards are those that `python -m data.cache build` would make, at their full size from the first
+row on; every row is written at its place when a step has computed its features. A journal of each
+rank says which rows are on the disk. When all are, the shards get their names and the manifest is
+written: from then on it is a cache like any other.
+
+Legend: T positions of a row, L tapped layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from data.cache_build import Builder, PlannedShard
+from data.cache_format import (
+    TRAIN,
+    Manifest,
+    kept_positions,
+    last_positions,
+    read_manifest,
+    write_shard,
+)
+from data.files import lock
+from data.rows import TokenRow
+
+FILLING = ".filling"
+JOURNAL = "filled-*.log"
+RECORD = 3
+"""int64 values of a record: a row's place, tokens scored, and how many are the target's argmax."""
+
+
+class CacheFilling:
+    """A cache whose training rows are still coming.
+
+    Args:
+        builder: Of the cache; it has the target and the rows.
+        rank: This process.
+        world_size: Processes; all write into the same folder.
+        agree: Sums a number over all processes, and thereby waits for them.
+
+    Raises:
+        UserError: The folder holds another cache, or there is no room.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Callable[[float], float] = float,
+    ) -> None:
+        self.builder = builder
+        self.folder = builder.folder
+        self._rank, self._world_size, self._agree = rank, world_size, agree
+        self._plan = builder.prepare()
+        builder.build([shard for shard in self._plan if shard.part != TRAIN])
+        self._shards = [shard for shard in self._plan if shard.part == TRAIN]
+        self._rows = builder.parts[TRAIN]
+        self._places = {row.sample_id: place for place, row in enumerate(self._rows)}
+        self._done = set(read_journals(self.folder)[:, 0].tolist())
+        for shard in self._shards:
+            if builder.done(shard):
+                self._done.update(range(shard.first, shard.last))
+        self._open: dict[int, _Filling] = {}
+        self._new: list[tuple[int, int, int]] = []
+        self._seconds = 0.0
+
+    @property
+    def missing(self) -> int:
+        """Training rows that this process doesn't know to be there."""
+        return len(self._rows) - len(self._done)
+
+    def add(
+        self, sample_ids: Sequence[int], hidden_states: Sequence[Tensor], last: Sequence[Tensor]
+    ) -> None:
+        """Writes rows at their places, unless they are there.
+
+        Args:
+            sample_ids: As the rows are called.
+            hidden_states: (T, L*D) of each, on any device.
+            last: (T, D) of each, what the head reads.
+        """
+        begun = time.perf_counter()
+        for sample, states, last_TD in zip(sample_ids, hidden_states, last, strict=True):
+            place = self._places[sample]
+            if place in self._done:
+                continue
+            row = self._rows[place]
+            hits, scored = self.builder.argmax_hits(row, last_TD)
+            self._shard_of(place).write(place, states, last_TD)
+            self._done.add(place)
+            self._new.append((place, scored, hits))
+        self._seconds += time.perf_counter() - begun
+
+    def flush(self) -> None:
+        """Makes what was added outlast this process: features first, then the journal."""
+        if not self._new:
+            return
+        for shard in self._open.values():
+            os.fsync(shard.file)
+        path = self.folder / JOURNAL.replace("*", f"{self._rank:05d}")
+        with path.open("ab") as file:
+            file.truncate(file.tell() - file.tell() % (8 * RECORD))  # a record that a kill cut
+            file.write(np.array(self._new, dtype="<i8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self._new = []
+
+    def finish(self) -> Manifest | None:
+        """Makes a cache of it if every row is there; else returns None. All ranks call it together.
+
+        Stopped in the middle, it is finished by the next call.
+        """
+        self.flush()
+        self._agree(0.0)  # every journal is written
+        records = {place: rest for place, *rest in read_journals(self.folder).tolist()}
+        self._done.update(records)
+        if self._agree(float(self.missing)):
+            rank_zero_info(
+                f"[cache] {self.missing:,} of {len(self._rows):,} rows are still missing in "
+                f"{self.folder}; they are added when they are drawn"
+            )
+            return None
+        for opened in self._open.values():
+            os.close(opened.file)
+        self._open = {}
+        for shard in self._shards[self._rank :: self._world_size]:
+            self._name(shard, records)
+        self._agree(0.0)
+        if self._rank == 0:
+            self.builder.finish(self._plan, self._seconds)
+            for path in self.folder.glob(JOURNAL):
+                path.unlink()
+        self._agree(0.0)
+        rank_zero_info(f"[cache] {self.folder} is complete; features are read from it from now on")
+        return read_manifest(self.folder)
+
+    def _name(self, shard: PlannedShard, records: dict[int, list[int]]) -> None:
+        path = self.folder / shard.file
+        aside = path.with_suffix(path.suffix + FILLING)
+        if self.builder.done(shard):
+            return
+        if aside.exists():
+            os.replace(aside, path)
+        rows = [self._rows[place] for place in range(shard.first, shard.last)]
+        counts = [records[place] for place in range(shard.first, shard.last)]
+        self.builder.describe_shard(
+            shard,
+            rows,
+            sum(map(kept_positions, rows)),
+            sum(scored for scored, _ in counts),
+            sum(hits for _, hits in counts),
+        )
+
+    def _shard_of(self, place: int) -> _Filling:
+        number = next(i for i, shard in enumerate(self._shards) if place < shard.last)
+        if number not in self._open:
+            shard = self._shards[number]
+            rows = [self._rows[i] for i in range(shard.first, shard.last)]
+            self._open[number] = _Filling(self.builder, shard, rows)
+        return self._open[number]
+
+
+class _Filling:
+    """A shard at its full size, zero where no row has been written."""
+
+    def __init__(self, builder: Builder, shard: PlannedShard, rows: Sequence[TokenRow]) -> None:
+        path = builder.folder / shard.file
+        aside = path.with_suffix(path.suffix + FILLING)
+        dtype, width = builder.dtype, builder.target.hidden_size
+        lengths = {"hidden_states": [kept_positions(row) for row in rows]}
+        widths = {"hidden_states": len(builder.layer_ids) * width}
+        if builder.settings.last_hidden:
+            lengths["last_hidden"] = [last_positions(row) for row in rows]
+            widths["last_hidden"] = width
+        with lock(builder.folder / f".{shard.file}.lock", wait=True):
+            if not aside.exists():
+                zeros = {
+                    name: [torch.zeros(n, widths[name], dtype=dtype) for n in lengths[name]]
+                    for name in lengths
+                }
+                write_shard(aside, rows, zeros["hidden_states"], zeros.get("last_hidden"))
+        self.file = os.open(aside, os.O_RDWR)
+        self._first = shard.first
+        self._dtype = dtype
+        self._lengths = lengths
+        begins = tensor_places(aside)
+        self._starts = {
+            name: [
+                begins[name] + rows_before * widths[name] * dtype.itemsize
+                for rows_before in accumulate(lengths[name], initial=0)
+            ]
+            for name in lengths
+        }
+
+    def write(self, place: int, states: Tensor, last: Tensor) -> None:
+        """Writes a row's (T, L*D) states, and its (T, D) last ones if the cache keeps them."""
+        row = place - self._first
+        for name, tensor in (("hidden_states", states), ("last_hidden", last)):
+            if name in self._lengths:
+                kept = tensor[: self._lengths[name][row]].to(self._dtype).cpu().contiguous()
+                content = kept.view(torch.uint8).numpy().tobytes()
+                written = os.pwrite(self.file, content, self._starts[name][row])
+                assert written == len(content)
+
+
+def tensor_places(path: Path) -> dict[str, int]:
+    """Returns where each tensor's bytes begin in a safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def read_journals(folder: Path) -> np.ndarray:
+    """Returns (rows, 3) int64: what all ranks' journals say is there."""
+    parts = [np.zeros((0, RECORD), dtype="<i8")]
+    for path in sorted(folder.glob(JOURNAL)):
+        content = path.read_bytes()
+        whole = len(content) - len(content) % (8 * RECORD)
+        parts.append(np.frombuffer(content[:whole], dtype="<i8").reshape(-1, RECORD))
+    return np.concatenate(parts)
