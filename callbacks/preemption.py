@@ -50,6 +50,8 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes SIGTERM over from Lightning; only a process's main thread may."""
         self._asked = False
+        # with several ranks Lightning asks the others before every step, and waits for the device
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
         try:
             self._before = signal.signal(signal.SIGTERM, self._note)
         except ValueError:
@@ -98,3 +100,7 @@ class Preemption(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+
+def _nothing() -> None:
+    """In the place of what this callback does itself."""

@@ -201,8 +201,9 @@ class Drafter(PreTrainedModel):
         rope = self._rope(block_positions.flatten(1))
         for layer, keys, values in zip(self._layers(), context.keys, context.values, strict=True):
             x_BQD = layer(x_BQD, rope, (keys, values), visibility)
-        out_BQD: Tensor = self.norm(x_BQD)
-        return out_BQD.view(rows, blocks, block_size, out_BQD.shape[-1])
+        # the norm last: FSDP2 would warn of a view that an in-place operation could change
+        out: Tensor = self.norm(x_BQD.view(rows, blocks, block_size, x_BQD.shape[-1]))
+        return out
 
     def forward(
         self,
