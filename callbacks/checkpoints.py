@@ -86,6 +86,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
         self.every_n_steps = every_n_steps
         self._saved_step = -1
+        self._flush_due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the step of a resumed run as saved."""
@@ -115,6 +116,16 @@ class LastCheckpoint(ModelCheckpoint):
         if due or ends or batch_idx + 1 == trainer.num_training_batches:
             self.save_now(trainer)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Puts the curves up to a checkpoint on the disk: a kill would leave a gap in them."""
+        if self._flush_due:
+            self._flush_due = False
+            flush = getattr(getattr(trainer.logger, "experiment", None), "flush", None)
+            if flush is not None:
+                flush()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves again after validation: metrics and the best checkpoint's state have moved on."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run:
@@ -126,4 +137,5 @@ class LastCheckpoint(ModelCheckpoint):
     def save_now(self, trainer: Trainer) -> None:
         """Writes last.ckpt; all ranks call it together."""
         self._saved_step = trainer.global_step
+        self._flush_due = True  # Lightning logs this step after the callbacks
         self._save_checkpoint(trainer, str(self.path))

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,7 @@ class Builder:
         self.batch_tokens = batch_tokens
         self.budget_gb = budget_gb
         self.progress = progress
+        self._computing = threading.Lock()
         if settings.dtype not in ("bfloat16", "float16", "float32"):
             raise UserError(f"dtype is {settings.dtype!r}; choose bfloat16, float16 or float32.")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -293,7 +296,7 @@ class Builder:
         """Makes the folder the cache's own and returns the plan, after a look at the room."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        with lock(self.folder / "trajectories.lock") as _:
+        with lock(self.folder / "trajectories.lock", wait=True):
             shards = self.plan()
         self._check_room(shards)
         return shards
@@ -301,20 +304,25 @@ class Builder:
     def build(self, shards: Sequence[PlannedShard]) -> None:
         """Builds those shards that are missing, or waits for the processes that are at them."""
         total = sum(shard.bytes for shard in shards)
-        with tqdm(
-            total=total, desc="features", unit="B", unit_scale=True, disable=not self.progress
-        ) as bar:
-            waiting = list(shards)
-            while waiting:
-                left = []
-                for planned in waiting:
-                    if self.done(planned) or self._build_if_free(planned):
-                        bar.update(planned.bytes)
-                    else:
-                        left.append(planned)
-                waiting = left
-                if waiting:  # another process is at them
-                    time.sleep(POLL_SECONDS)
+        pool = ThreadPoolExecutor(2)  # one shard is written and hashed while the next is computed
+        try:
+            with tqdm(
+                total=total, desc="features", unit="B", unit_scale=True, disable=not self.progress
+            ) as bar:
+                waiting = list(shards)
+                while waiting:
+                    left = []
+                    there = pool.map(self._build_if_free, waiting)
+                    for planned, is_there in zip(waiting, there, strict=True):
+                        if is_there:
+                            bar.update(planned.bytes)
+                        else:
+                            left.append(planned)
+                    waiting = left
+                    if waiting:  # another process is at them
+                        time.sleep(POLL_SECONDS)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _claim(self) -> None:
         """Says what this folder holds; refuses one that holds something else."""
@@ -366,6 +374,8 @@ class Builder:
         return Shard(**json.loads(path.read_text())) if path.exists() else None
 
     def _build_if_free(self, planned: PlannedShard) -> bool:
+        if self.done(planned):
+            return True
         with lock(self.folder / f".{planned.file}.lock") as free:
             if free and not self.done(planned):
                 self._build(planned)
@@ -375,32 +385,35 @@ class Builder:
         replay = planned.part == REPLAY
         source = self._replay_rows() if replay else self.parts[planned.part]
         rows = [source[place] for place in range(planned.first, planned.last)]
+        with self._computing:
+            states, lasts, scored, equal = self._compute(rows, replay)
+        write_shard(self.folder / planned.file, rows, states, lasts)
+        self.describe_shard(planned, rows, sum(map(len, states)), scored, equal)
+
+    def _compute(
+        self, rows: Sequence[TokenRow], replay: bool
+    ) -> tuple[list[Tensor], list[Tensor] | None, int, int]:
+        """Returns what a shard keeps of rows, tokens scored, and those the target would write."""
         keep_last = self.settings.last_hidden
-        states: list[Tensor | None] = [None] * len(rows)
-        lasts: list[Tensor | None] = [None] * len(rows)
+        states = [torch.empty(0)] * len(rows)
+        lasts = [torch.empty(0)] * len(rows) if keep_last else None
         scored = equal = 0
         lengths = [len(row.input_ids) for row in rows]
         for batch in batches_by_length(lengths, self.batch_tokens):
-            found = self._features([rows[i] for i in batch])
-            for place, i in enumerate(batch):
-                row, tokens = rows[i], len(rows[i].input_ids)
-                kept = tokens if replay else kept_positions(row)
-                states[i] = found.hidden_states[place, :kept].to(self.dtype).cpu()
-                last = found.last_hidden[place]
-                if keep_last:
-                    until = tokens if replay else last_positions(row)
-                    lasts[i] = last[:until].to(self.dtype).cpu()
-                if not replay:
-                    hits, total = self.argmax_hits(row, last)
+            own = [rows[i] for i in batch]
+            found = self._features(own)
+            if not replay:
+                for hits, total in self.argmax_hits(own, found.last_hidden):
                     equal, scored = equal + hits, scored + total
-        write_shard(
-            self.folder / planned.file,
-            rows,
-            states,  # type: ignore[arg-type]
-            lasts if keep_last else None,  # type: ignore[arg-type]
-        )
-        positions = sum(len(own) for own in states if own is not None)
-        self.describe_shard(planned, rows, positions, scored, equal)
+            # the whole batch at once: every copy waits for the device
+            hidden = found.hidden_states.to(self.dtype).cpu()
+            last = found.last_hidden.to(self.dtype).cpu() if keep_last else None
+            for place, i in enumerate(batch):
+                tokens = lengths[i]
+                states[i] = hidden[place, : tokens if replay else kept_positions(rows[i])]
+                if lasts is not None and last is not None:
+                    lasts[i] = last[place, : tokens if replay else last_positions(rows[i])]
+        return states, lasts, scored, equal
 
     def describe_shard(
         self,
@@ -433,15 +446,27 @@ class Builder:
         assert_finite_features(found.hidden_states, self.layer_ids, names)
         return found
 
-    def argmax_hits(self, row: TokenRow, last_SD: Tensor) -> tuple[int, int]:
-        """Returns (scored tokens that the target would have written, scored tokens)."""
-        before = torch.from_numpy(candidates(row.supervised)).to(last_SD.device)
-        labels = torch.from_numpy(row.input_ids).to(last_SD.device)[before + 1]
-        hits = 0
+    def argmax_hits(self, rows: Sequence[TokenRow], last_hidden: Tensor) -> list[tuple[int, int]]:
+        """Returns (scored tokens that the target would have written, scored tokens) of each row.
+
+        Args:
+            rows: B of them.
+            last_hidden: (B, S, D), what the head reads.
+        """
+        before = [torch.from_numpy(candidates(row.supervised)) for row in rows]
+        labels = [
+            torch.from_numpy(row.input_ids)[own + 1] for row, own in zip(rows, before, strict=True)
+        ]
+        counts = [len(own) for own in before]
+        device = last_hidden.device
+        place = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(device)
+        read_TD = last_hidden[place, torch.cat(before).to(device)]
+        hits = torch.zeros(len(rows), dtype=torch.long, device=device)
         size = self.target.head.chunk_rows()
-        for part, wanted in zip(last_SD[before].split(size), labels.split(size), strict=True):
-            hits += int((argmax(self.target.head.logits(part)) == wanted).sum())
-        return hits, len(labels)
+        parts = (part.split(size) for part in (read_TD, torch.cat(labels).to(device), place))
+        for read, wanted, row in zip(*parts, strict=True):
+            hits.index_add_(0, row, (argmax(self.target.head.logits(read)) == wanted).long())
+        return list(zip(hits.tolist(), counts, strict=True))
 
     def finish(self, shards: Sequence[PlannedShard], seconds: float) -> None:
         """Writes the target's frozen parts and, last, the manifest; all shards must be there."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.cache_build import Builder, PlannedShard
 from data.cache_format import (
@@ -92,15 +93,17 @@ class CacheFilling:
             last: (T, D) of each, what the head reads.
         """
         begun = time.perf_counter()
-        for sample, states, last_TD in zip(sample_ids, hidden_states, last, strict=True):
-            place = self._places[sample]
-            if place in self._done:
-                continue
-            row = self._rows[place]
-            hits, scored = self.builder.argmax_hits(row, last_TD)
-            self._shard_of(place).write(place, states, last_TD)
-            self._done.add(place)
-            self._new.append((place, scored, hits))
+        places = [self._places[sample] for sample in sample_ids]
+        new = [i for i, place in enumerate(places) if place not in self._done]
+        if new:
+            rows = [self._rows[places[i]] for i in new]
+            hits = self.builder.argmax_hits(
+                rows, pad_sequence([last[i] for i in new], batch_first=True)
+            )
+            for i, (equal, scored) in zip(new, hits, strict=True):
+                self._shard_of(places[i]).write(places[i], hidden_states[i], last[i])
+                self._done.add(places[i])
+                self._new.append((places[i], scored, equal))
         self._seconds += time.perf_counter() - begun
 
     def flush(self) -> None:

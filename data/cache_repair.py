@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -16,10 +18,14 @@ from drafter.errors import UserError
 def faults(folder: Path, manifest: Manifest, progress: bool = True) -> dict[str, str]:
     """Returns what is wrong by file, after reading every byte of the cache."""
     found: dict[str, str] = {}
-    for shard in tqdm(manifest.shards, desc="verify", unit="shard", disable=not progress):
-        fault = check_shard(folder, shard, thorough=True)
-        if fault:
-            found[shard.file] = fault
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        checks = pool.map(partial(check_shard, folder, thorough=True), manifest.shards)
+        bar = tqdm(
+            checks, total=len(manifest.shards), desc="verify", unit="shard", disable=not progress
+        )
+        for shard, fault in zip(manifest.shards, bar, strict=True):
+            if fault:
+                found[shard.file] = fault
     for name, digest in manifest.frozen.items():
         path = folder / StoredTarget.FOLDER / name
         if not path.exists():
