@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 import torch
@@ -122,6 +123,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(place, step, sig):
         assert not (folder / MANIFEST).exists()
         # every row that a checkpoint has seen is on the disk
         assert len(read_journals(folder)) == {2: 6, 3: 4}[step]
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their seconds
     fit(place, name, ("--ckpt_path", "last"))
     assert same(last(place, name), last(place, "straight"))
     assert (
