@@ -10,12 +10,14 @@ Legend: T positions of a row, L tapped layers, D hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.cache_build import Builder, PlannedShard
+from data.cache_build import Builder, CacheSettings, PlannedShard
 from data.cache_format import (
+    HELD_OUT,
     TRAIN,
     Manifest,
     kept_positions,
@@ -34,6 +37,8 @@ from data.cache_format import (
 )
 from data.files import lock
 from data.rows import TokenRow
+from data.sampler import rank_and_world
+from drafter.ranks import sum_over_ranks
 
 FILLING = ".filling"
 JOURNAL = "filled-*.log"
@@ -173,6 +178,43 @@ class CacheFilling:
             rows = [self._rows[i] for i in range(shard.first, shard.last)]
             self._open[number] = _Filling(self.builder, shard, rows)
         return self._open[number]
+
+
+def begin_filling(datamodule: Any) -> CacheFilling:
+    """Returns the cache that a run fills, as it was left if a run before has begun it.
+
+    Args:
+        datamodule: An `OnlineHiddenStates`, set up and with its trainer.
+    """
+    trainer = datamodule.trainer
+    layer_ids, last_hidden = trainer.lightning_module.feature_request()
+    names = {field.name for field in dataclasses.fields(CacheSettings)}
+    given = {name: getattr(datamodule, name) for name in names if hasattr(datamodule, name)}
+    for callback in trainer.callbacks:  # which held-out responses verification will ask for
+        given |= getattr(callback, "cache_settings", dict)()
+    given |= {
+        "target": datamodule.target_path,
+        "target_layer_ids": list(layer_ids),
+        "dtype": datamodule.cache_dtype,
+        "last_hidden": last_hidden,
+    }
+    parts = {TRAIN: datamodule.train_rows}
+    if datamodule.val_row_set is not None:
+        parts[HELD_OUT] = datamodule.val_row_set
+    rank, world_size = rank_and_world(trainer)
+    device = trainer.strategy.root_device
+    return CacheFilling(
+        Builder(
+            CacheSettings(**given),
+            Path(datamodule.cache),
+            progress=rank == 0,
+            target=datamodule.target,
+            parts=parts,
+        ),
+        rank,
+        world_size,
+        lambda value: float(sum_over_ranks(torch.tensor(value), device)),
+    )
 
 
 class _Filling:

@@ -5,8 +5,6 @@ Legend: B rows, S tokens per row, L tapped layers, D hidden size.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,21 +12,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from data.batches import BatchDataset
-from data.cache_format import HELD_OUT, MANIFEST, TRAIN, CachedRows
+from data.cache_format import MANIFEST, TRAIN, CachedRows
 from data.conversations import RowSet, load_rows
+from data.features import (
+    Keeper,
+    NothingKept,
+    RememberedFeatures,
+    RoundedFeatures,
+    fill_batch,
+)
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, rank_and_world
-from data.sharing import DocumentFeatures, KeptFeatures, load_target, shared_features
-from drafter.blocks import PADDING_DOCUMENT, DraftBatch
+from data.sharing import KeptFeatures, load_target, shared_features
+from drafter.blocks import DraftBatch
 from drafter.errors import UserError
-from drafter.packing import place
-from drafter.ranks import sum_over_ranks
-from drafter.target import Features, Target, assert_finite_features
+from drafter.target import Target
 
 if TYPE_CHECKING:
     from data.cache_fill import CacheFilling
@@ -217,44 +218,6 @@ class OnlineHiddenStates(LightningDataModule):
                 )
         rank_zero_info(f"Training rows: {opened.train.report}")
 
-    def _begin_filling(self) -> CacheFilling:
-        """Returns the cache that this run fills, as it was left if a run before has begun it."""
-        from data.cache_build import Builder, CacheSettings
-        from data.cache_fill import CacheFilling
-
-        assert self.trainer is not None
-        layer_ids, last_hidden = self.trainer.lightning_module.feature_request()
-        given: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (field.name for field in dataclasses.fields(CacheSettings))
-            if hasattr(self, name) and name != "target"
-        }
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            given |= getattr(callback, "cache_settings", dict)()
-        rank, world_size = rank_and_world(self.trainer)
-        parts = {TRAIN: self.train_rows}
-        if self._val_rows is not None:
-            parts[HELD_OUT] = self._val_rows
-        device = self.trainer.strategy.root_device
-        return CacheFilling(
-            Builder(
-                CacheSettings(
-                    target=self.target_path,
-                    target_layer_ids=list(layer_ids),
-                    dtype=self.cache_dtype,
-                    last_hidden=last_hidden,
-                    **given,
-                ),
-                Path(self.cache or ""),
-                progress=rank == 0,
-                target=self.target,
-                parts=parts,
-            ),
-            rank,
-            world_size,
-            lambda value: float(sum_over_ranks(torch.tensor(value), device)),
-        )
-
     def _read_if_filled(self, dataset: BatchDataset) -> None:
         """Reads features from the cache that this run has filled, once it is complete."""
         manifest = None if self._filling is None else self._filling.finish()
@@ -320,7 +283,9 @@ class OnlineHiddenStates(LightningDataModule):
         """Returns this rank's resumable loader."""
         accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         if self._fills and self._filling is None:
-            self._filling = self._begin_filling()
+            from data.cache_fill import begin_filling
+
+            self._filling = begin_filling(self)
         return self._loader(self.train_rows, self.batch_size, training=True, accumulate=accumulate)
 
     def val_dataloader(self) -> DraftLoader | list[Any]:
@@ -422,96 +387,15 @@ class OnlineHiddenStates(LightningDataModule):
             batch: On the target's device.
             layer_ids: Tapped layers.
             last_hidden: Whether a loss or metric needs the target's distribution.
-            row_set: Which row set the sample ids count in, for `keep_in_memory`.
+            row_set: Which row set the sample ids count in.
 
         Raises:
             UserError: A hidden state is NaN or infinite; names row, layer and position.
         """
         if self._fills:
-            parts = self._filled(batch, layer_ids, last_hidden, row_set)
+            keeper: Keeper = RoundedFeatures(getattr(torch, self.cache_dtype), self._filling)
         elif self.keep_in_memory:
-            parts = self._kept_features(batch, layer_ids, last_hidden, row_set)
-        elif batch.packed:
-            documents = range(len(batch.sample_ids))
-            parts = self._run_documents(batch, documents, layer_ids, last_hidden)
+            keeper = RememberedFeatures(self._kept, on_device=self.keep_in_memory == "device")
         else:
-            batch.hidden_states, batch.last_hidden = self._run_target(
-                batch.input_ids, batch.document_ids, batch.sample_ids, layer_ids, last_hidden
-            )
-            return batch
-        device, shape = batch.input_ids.device, (batch.document_spans(), *batch.input_ids.shape)
-        states = [own.to(device, non_blocking=True) for own, _ in parts]
-        batch.hidden_states = place(states, *shape)
-        if last_hidden:
-            lasts = [own.to(device, non_blocking=True) for _, own in parts if own is not None]
-            batch.last_hidden = place(lasts, *shape)
-        return batch
-
-    def _filled(
-        self, batch: DraftBatch, layer_ids: tuple[int, ...], last_hidden: bool, row_set: str
-    ) -> list[DocumentFeatures]:
-        """Returns each document's features as the cache keeps them, and keeps them there."""
-        documents = range(len(batch.sample_ids))
-        found = self._run_documents(batch, documents, layer_ids, last_hidden=True)
-        own = batch.num_slots != 0  # else the row is another rank's
-        if self._filling is not None and row_set == "train" and own:
-            states, lasts = zip(*found, strict=True)
-            self._filling.add(batch.sample_ids.tolist(), states, lasts)
-        dtype = getattr(torch, self.cache_dtype)
-        return [
-            (states.to(dtype), None if last is None or not last_hidden else last.to(dtype))
-            for states, last in found
-        ]
-
-    def _kept_features(
-        self, batch: DraftBatch, layer_ids: tuple[int, ...], last_hidden: bool, row_set: str
-    ) -> list[DocumentFeatures]:
-        """Returns each document's features, after computing and keeping those seen first."""
-        keys = [(row_set, layer_ids, last_hidden, sample) for sample in batch.sample_ids.tolist()]
-        missing = [i for i, key in enumerate(keys) if key not in self._kept]
-        if missing:
-            to = batch.input_ids.device if self.keep_in_memory == "device" else "cpu"
-            found = self._run_documents(batch, missing, layer_ids, last_hidden)
-            for i, (states, last) in zip(missing, found, strict=True):
-                # copies: a view would keep the whole padded batch alive
-                kept = None if last is None else last.to(to, copy=True)
-                self._kept[keys[i]] = (states.to(to, copy=True), kept)
-        return [self._kept[key] for key in keys]
-
-    def _run_documents(
-        self,
-        batch: DraftBatch,
-        which: Sequence[int],
-        layer_ids: tuple[int, ...],
-        last_hidden: bool,
-    ) -> list[DocumentFeatures]:
-        """Returns features (T, L*D) and last_hidden (T, D) or None of documents of a batch."""
-        spans = batch.document_spans()
-        ids = [batch.input_ids[spans[i].row, spans[i].first : spans[i].last] for i in which]
-        states, last = self._run_target(
-            pad_sequence(ids, batch_first=True),
-            pad_sequence(
-                [torch.zeros_like(own) for own in ids],
-                batch_first=True,
-                padding_value=PADDING_DOCUMENT,
-            ),
-            batch.sample_ids[list(which)],
-            layer_ids,
-            last_hidden,
-        )
-        return [
-            (states[i, : len(own)], None if last is None else last[i, : len(own)])
-            for i, own in enumerate(ids)
-        ]
-
-    def _run_target(
-        self,
-        input_ids: Tensor,
-        document_ids: Tensor,
-        sample_ids: Tensor,
-        layer_ids: tuple[int, ...],
-        last_hidden: bool,
-    ) -> Features:
-        features = self.target.features(input_ids, document_ids, layer_ids, last_hidden=last_hidden)
-        assert_finite_features(features.hidden_states, layer_ids, sample_ids)
-        return features
+            keeper = NothingKept()
+        return fill_batch(batch, self.target, layer_ids, last_hidden, row_set, keeper)

@@ -1,0 +1,187 @@
+"""Gives batches the target's hidden states, and keeps them where that is asked for.
+
+Legend: B rows, S tokens per row, T tokens of a document, L tapped layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from data.sharing import DocumentFeatures, KeptFeatures
+from drafter.blocks import PADDING_DOCUMENT, DraftBatch
+from drafter.layer_ids import assert_finite_features
+from drafter.packing import place
+from drafter.target import Features, Target
+
+if TYPE_CHECKING:
+    from data.cache_fill import CacheFilling
+
+
+class Request:
+    """What a batch needs of the target, and how to get it.
+
+    Args:
+        batch: On the target's device.
+        target: Runs on the documents.
+        layer_ids: Tapped layers.
+        last_hidden: Whether what the head reads is needed.
+        row_set: Which row set the sample ids count in.
+    """
+
+    def __init__(
+        self,
+        batch: DraftBatch,
+        target: Target,
+        layer_ids: tuple[int, ...],
+        last_hidden: bool,
+        row_set: str,
+    ) -> None:
+        self.batch = batch
+        self.target = target
+        self.layer_ids = layer_ids
+        self.last_hidden = last_hidden
+        self.row_set = row_set
+
+    def run(self, input_ids: Tensor, document_ids: Tensor, sample_ids: Tensor) -> Features:
+        """Returns the target's states of right-padded rows.
+
+        Raises:
+            UserError: One is NaN or infinite; names row, layer and position.
+        """
+        features = self.target.features(
+            input_ids, document_ids, self.layer_ids, last_hidden=self.last_hidden
+        )
+        assert_finite_features(features.hidden_states, self.layer_ids, sample_ids)
+        return features
+
+    def documents(self, which: Sequence[int]) -> list[DocumentFeatures]:
+        """Returns features (T, L*D) and last_hidden (T, D) or None of documents of the batch."""
+        spans = self.batch.document_spans()
+        ids = [self.batch.input_ids[spans[i].row, spans[i].first : spans[i].last] for i in which]
+        states, last = self.run(
+            pad_sequence(ids, batch_first=True),
+            pad_sequence(
+                [torch.zeros_like(own) for own in ids],
+                batch_first=True,
+                padding_value=PADDING_DOCUMENT,
+            ),
+            self.batch.sample_ids[list(which)],
+        )
+        return [
+            (states[i, : len(own)], None if last is None else last[i, : len(own)])
+            for i, own in enumerate(ids)
+        ]
+
+    def all_documents(self) -> list[DocumentFeatures]:
+        """Returns `documents` of all of them."""
+        return self.documents(range(len(self.batch.sample_ids)))
+
+
+class Keeper(Protocol):
+    """Decides where features come from."""
+
+    def features(self, request: Request) -> list[DocumentFeatures] | None:
+        """Returns each document's features, or None to run the target on the batch as it is."""
+        ...
+
+
+class NothingKept:
+    """Runs the target on every batch."""
+
+    def features(self, request: Request) -> list[DocumentFeatures] | None:
+        """See `Keeper`."""
+        return request.all_documents() if request.batch.packed else None
+
+
+class RememberedFeatures:
+    """Computes a document's features when it is first seen.
+
+    Args:
+        kept: What is remembered.
+        on_device: On the accelerator, not in host memory.
+    """
+
+    def __init__(self, kept: KeptFeatures, on_device: bool) -> None:
+        self._kept = kept
+        self._on_device = on_device
+
+    def features(self, request: Request) -> list[DocumentFeatures]:
+        """See `Keeper`."""
+        prefix = (request.row_set, request.layer_ids, request.last_hidden)
+        keys = [(*prefix, sample) for sample in request.batch.sample_ids.tolist()]
+        missing = [i for i, key in enumerate(keys) if key not in self._kept]
+        if missing:
+            to = request.batch.input_ids.device if self._on_device else "cpu"
+            for i, (states, last) in zip(missing, request.documents(missing), strict=True):
+                # copies: a view would keep the whole padded batch alive
+                own = None if last is None else last.to(to, copy=True)
+                self._kept[keys[i]] = (states.to(to, copy=True), own)
+        return [self._kept[key] for key in keys]
+
+
+class RoundedFeatures:
+    """Features as a cache holds them, so that training on them is training from it.
+
+    Args:
+        dtype: Of the cache.
+        filling: Takes training rows' features; None once the cache is complete.
+    """
+
+    def __init__(self, dtype: torch.dtype, filling: CacheFilling | None) -> None:
+        self._dtype = dtype
+        self._filling = filling
+
+    def features(self, request: Request) -> list[DocumentFeatures]:
+        """See `Keeper`."""
+        wanted = request.last_hidden
+        filling = self._filling if request.row_set == "train" else None
+        if request.batch.num_slots == 0:  # the row is another rank's
+            filling = None
+        request.last_hidden = wanted or filling is not None
+        found = request.all_documents()
+        if filling is not None:
+            states, lasts = zip(*found, strict=True)
+            filling.add(request.batch.sample_ids.tolist(), states, lasts)
+        return [
+            (states.to(self._dtype), last.to(self._dtype) if wanted and last is not None else None)
+            for states, last in found
+        ]
+
+
+def fill_batch(
+    batch: DraftBatch,
+    target: Target,
+    layer_ids: tuple[int, ...],
+    last_hidden: bool,
+    row_set: str,
+    keeper: Keeper,
+) -> DraftBatch:
+    """Fills a batch's `hidden_states` (B, S, L*D) and, if asked, `last_hidden` (B, S, D).
+
+    Args:
+        batch: On the target's device.
+        target: Gives them.
+        layer_ids: Tapped layers.
+        last_hidden: Whether what the head reads is needed.
+        row_set: Which row set the sample ids count in.
+        keeper: Where features come from and go.
+    """
+    request = Request(batch, target, layer_ids, last_hidden, row_set)
+    parts = keeper.features(request)
+    if parts is None:
+        batch.hidden_states, batch.last_hidden = request.run(
+            batch.input_ids, batch.document_ids, batch.sample_ids
+        )
+        return batch
+    device, shape = batch.input_ids.device, (batch.document_spans(), *batch.input_ids.shape)
+    states = [own.to(device, non_blocking=True) for own, _ in parts]
+    batch.hidden_states = place(states, *shape)
+    if last_hidden:
+        lasts = [own.to(device, non_blocking=True) for _, own in parts if own is not None]
+        batch.last_hidden = place(lasts, *shape)
+    return batch
