@@ -156,18 +156,29 @@ class Bench:
             elif name == "verify":
                 said = (self.work / "verify.log").read_text().splitlines()
                 self.keep("verify", said=said[-1:])
-        curves = [loss_curve(self.work / name) for name in ("cached", "online")]
-        if all(curves):
-            differences = [
-                abs(curves[0][step] - curves[1][step]) for step in curves[0] if step in curves[1]
-            ]
-            self.keep(
-                "curves",
-                logged_steps=len(differences),
-                mean_difference=sum(differences) / len(differences),
-                largest_difference=max(differences),
-                last=[curve[max(curve)] for curve in curves],
-            )
+        self.compare("curves", "cached", "online")
+        if self.options.again:
+            name = "online-again"
+            words = [*more, f"--data.target={self.options.target}"]
+            if self.wait(name, self.fit(name, words, gpu=1)):
+                self.keep(name, **self.timing(name))
+                self.compare("curves of two online runs", "online", name)
+
+    def compare(self, title: str, *names: str) -> None:
+        """Keeps how far two runs' logged losses lie apart, at the beginning and over all."""
+        curves = [loss_curve(self.work / name) for name in names]
+        steps = sorted(curves[0].keys() & curves[1].keys())
+        if not steps:
+            return
+        apart = [abs(curves[0][step] - curves[1][step]) for step in steps]
+        self.keep(
+            title,
+            logged_steps=len(steps),
+            first_differences=apart[:5],
+            mean_difference=sum(apart) / len(apart),
+            largest_difference=max(apart),
+            last=[curve[steps[-1]] for curve in curves],
+        )
 
     def scale(self) -> None:
         """A step on one device, and on all with the batch of each unchanged."""
@@ -244,8 +255,9 @@ def main() -> None:
     parser.add_argument("--val_rows", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=32, help="verified")
-    parser.add_argument("--warmup", type=int, default=40)
+    parser.add_argument("--warmup", type=int, default=120, help="steps; shapes compile")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--again", action="store_true", help="also a second online run, to compare")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget earlier work")
     options = parser.parse_args()
