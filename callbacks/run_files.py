@@ -80,6 +80,7 @@ class Provenance(Callback):
             "device": _device_name(trainer),
             "target": getattr(target, "path", None),
             "target_fingerprint": getattr(target, "fingerprint", None),
+            "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
             "resumed_at_step": trainer.global_step,
         }
         path = free_path(self.run_dir, "provenance", ".json")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
+import yaml
 
 from data.sampler import EpochBatches
 from tests.faults import kill_at
-from tests.runs import OVERLAYS, cli, cli_process, scalars, weights
+from tests.runs import OVERLAYS, ROOT, cli, cli_process, config, scalars, weights
+from train import RUN_DIR_VARIABLE
 
 DDP = OVERLAYS["ddp"]
 
@@ -67,3 +74,28 @@ def test_the_longest_row_visits_every_rank_and_none_has_more_rows_than_another()
             if any(item.row == 7 for item in items):
                 seen.add(rank)
     assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_two_nodes_under_torchrun_are_two_ranks(tmp_path, overlay):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    single = cli(one, data__batch_size=4)
+    path = two / "run.yaml"
+    path.write_text(yaml.safe_dump(config(two, data__batch_size=2)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    words += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    run = ["train.py", "fit", f"--config={path}", *OVERLAYS[overlay]]
+    run += ["--trainer.devices=1", "--trainer.num_nodes=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop(RUN_DIR_VARIABLE, None)
+    nodes = [
+        subprocess.Popen([*words, f"--node-rank={node}", *run], cwd=ROOT, env=environment)
+        for node in range(2)
+    ]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    close(weights(two / "run" / "checkpoints" / "last.ckpt"), weights(single))
