@@ -1,13 +1,16 @@
 """Keeps a gradient that is not finite out of the weights, and its batch for inspection.
 
 On a GPU nothing waits for the device: the fused optimizer skips such a step by itself, and whether
-it did is looked up one step later, when the answer is there.
+it did is looked up two steps later, when the answer has come to the host. (One step later
+the device would still be at it, and a host that waits for it can't prepare the next.)
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,21 @@ from drafter.files import replace_atomic
 OnNonFinite = Literal["stop", "skip"]
 
 
+LAG = {"cuda": 2, "cpu": 1}
+"""Steps until a step's gradient norm is looked at; fixed, so that all ranks stop together."""
+
+
+@dataclass
+class _Pending:
+    """A step whose gradient norm is on its way to the host."""
+
+    norm: Tensor
+    """(), on the host."""
+    arrived: torch.cuda.Event | None
+    batch: DraftBatch
+    step: int
+
+
 class NonFiniteGuard:
     """Looks at every optimizer step's gradient norm.
 
@@ -31,7 +49,7 @@ class NonFiniteGuard:
     def __init__(self, action: OnNonFinite) -> None:
         self.action = action
         self.skipped = 0
-        self._pending: tuple[Tensor, DraftBatch, int] | None = None
+        self._pending: deque[_Pending] = deque()
 
     def protect(
         self,
@@ -50,28 +68,43 @@ class NonFiniteGuard:
             batch: The last that the gradient came from.
             step: Optimizer steps taken so far.
         """
-        self._pending = (norm.detach(), batch, step)
+        norm = norm.detach()
         if norm.is_cuda:
+            host = torch.empty((), dtype=norm.dtype, pin_memory=True)
+            host.copy_(norm, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._pending.append(_Pending(host, arrived, batch, step))
             # what a GradScaler sets: fused AdamW changes neither weights nor state if it is 1
-            optimizer.found_inf = (~torch.isfinite(norm.detach())).float()  # type: ignore[attr-defined]
-        elif not torch.isfinite(norm):
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            return
+        self._pending.append(_Pending(norm, None, batch, step))
+        if not torch.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None  # AdamW passes over parameters without one
 
-    def settle(self, folder: Path, rank: int) -> None:
-        """Acts on the step before, if its gradient was not finite.
+    def settle(self, folder: Path, rank: int, *, everything: bool = False) -> None:
+        """Acts on earlier steps whose gradient was not finite.
 
         Args:
             folder: Where the batch is saved.
             rank: Of this process, for the file's name.
+            everything: The last step too, and so wait for the device.
 
         Raises:
             UserError: The action is `stop`; says which rows, and where the batch is.
         """
-        if self._pending is None:
-            return
-        (norm, batch, step), self._pending = self._pending, None
-        if torch.isfinite(norm):
+        while self._pending:
+            lag = LAG["cpu" if self._pending[0].arrived is None else "cuda"]
+            if len(self._pending) < lag and not everything:
+                return
+            self._settle_one(self._pending.popleft(), folder, rank)
+
+    def _settle_one(self, pending: _Pending, folder: Path, rank: int) -> None:
+        batch, step = pending.batch, pending.step
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        if torch.isfinite(pending.norm):
             return
         self.skipped += 1
         if self.action == "skip":

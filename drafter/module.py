@@ -460,11 +460,11 @@ class DrafterModule(LightningModule):
         self._guard.protect(optimizer, self.parameters(), norm, self._batch, self.global_step)
 
     def on_train_end(self) -> None:
-        """Looks at the last step too."""
-        self._settle()
+        """Looks at the last steps too."""
+        self._settle(everything=True)
 
-    def _settle(self) -> None:
+    def _settle(self, everything: bool = False) -> None:
         checkpoint = self.trainer.checkpoint_callback
         folder = getattr(checkpoint, "dirpath", None)
         place = Path(folder).parent if folder else Path(self.trainer.default_root_dir)
-        self._guard.settle(place, self.trainer.global_rank)
+        self._guard.settle(place, self.trainer.global_rank, everything=everything)

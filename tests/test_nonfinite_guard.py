@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,3 +81,7 @@ def test_fused_adamw_skips_by_itself_on_a_gpu():
         assert torch.equal(before, weight) == (step == 1)
         assert torch.isfinite(weight).all()
     assert float(optimizer.state[weight]["step"]) == 2
+    guard.settle(Path("unused"), 0)
+    assert guard.skipped == 1  # the second of three: two steps later
+    guard.settle(Path("unused"), 0, everything=True)
+    assert guard.skipped == 1
