@@ -79,8 +79,9 @@ class DrafterModule(LightningModule):
             the batch saved, `skip` goes on and counts.
         attention: `sdpa`, `flex` (CUDA), or `auto` by work size.
         compile_drafter: torch.compile the drafter in place.
-        log_gradient_norms_every: Log each term's gradient norm every so many steps; 0 for never.
-            It costs a backward pass per term at those steps, and no forward.
+        log_gradient_norms_every: Log each term's gradient norm every so many steps, at the next
+            step that is logged (trainer.log_every_n_steps); 0 for never. It costs a backward pass
+            per term at those steps, and no forward.
         decoding: How `predict` decodes; not part of the drafter.
     """
 
@@ -320,27 +321,34 @@ class DrafterModule(LightningModule):
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""
-        before = self._guard.skipped
         self._settle()
-        if self._guard.skipped > before:
-            self.log("train/skipped_steps", float(self._guard.skipped))
         self._batch = batch
         scores = self(batch)
         out = self.loss(scores, self._progress(), batch.window_counts, sum_over_ranks)
-        self._log.add(out, scores)
-        every = self.hparams.log_gradient_norms_every
-        if every and self.global_step % every == 0:
+        # only what will be written: ten metrics of every step cost as much as a small drafter
+        logs = self.trainer._logger_connector.should_update_logs
+        if logs:
+            self._log.add(out, scores)
+        if logs and self._gradients_due():
             self._log.add_gradients(out, [p for p in self.parameters() if p.requires_grad])
         accumulate = self.trainer.accumulate_grad_batches
         last = batch_idx + 1
-        if last % accumulate == 0 or last == self.trainer.num_training_batches:
+        if logs and (last % accumulate == 0 or last == self.trainer.num_training_batches):
             self._log_window(out)
         # Lightning divides by the accumulation, DDP averages over ranks: undo both
         scaled: Tensor = out.total * accumulate * self.trainer.world_size
         return scaled
 
+    def _gradients_due(self) -> bool:
+        """Returns whether this is the first logged step since a multiple of the setting."""
+        every: int = self.hparams.log_gradient_norms_every
+        done = self.global_step + 1
+        return every > 0 and done // every > (done - self.trainer.log_every_n_steps) // every
+
     def _log_window(self, out: LossOutput) -> None:
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self._guard.action == "skip":
+            self.log("train/skipped_steps", float(self._guard.skipped))
         on_the_bar = {"cross_entropy": "ce", "accepted_length": "tau"}
         for name, value in self._log.pop(sum_over_ranks, out.weights).items():
             self.log(f"train/{name}", value, on_step=True, on_epoch=False)
@@ -455,7 +463,8 @@ class DrafterModule(LightningModule):
             [p for p in self.parameters() if p.grad is not None], limit or math.inf
         )
         norm = full(norm)
-        self.log("train/grad_norm", norm)
+        if self.trainer._logger_connector.should_update_logs:
+            self.log("train/grad_norm", norm)
         assert self._batch is not None
         self._guard.protect(optimizer, self.parameters(), norm, self._batch, self.global_step)
 

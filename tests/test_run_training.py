@@ -7,6 +7,7 @@ import torch
 
 from drafter.model import Drafter
 from drafter.module import DrafterModule
+from drafter.training_log import WindowLog
 from tests.runs import cli, same, scalars, weights
 
 
@@ -177,3 +178,23 @@ def test_a_block_size_of_ones_own_may_be_trained_further(tmp_path):
         model__block_size=6,
     )
     assert further.model.drafter.config.block_size == 6
+
+
+def test_only_what_is_written_is_computed(tmp_path, monkeypatch):
+    """Every third step is logged; what is logged there is that step's own, as if all were."""
+    added = []
+    real = WindowLog.add
+    monkeypatch.setattr(WindowLog, "add", lambda self, *a: (added.append(1), real(self, *a))[1])
+    for every in (1, 3):
+        cli(
+            tmp_path,
+            run_dir=str(tmp_path / f"every{every}"),
+            trainer__log_every_n_steps=every,
+            trainer__limit_val_batches=0,
+            verification__every_n_epochs=0,
+        )
+    assert len(added) == 10 + 3
+    all_of_them, some = (scalars(tmp_path / f"every{every}") for every in (1, 3))
+    for tag in ("train/cross_entropy", "train/accepted_length", "train/grad_norm", "train/lr"):
+        assert [step for step, _ in some[tag]] == [2, 5, 8]
+        assert set(some[tag]) <= set(all_of_them[tag])
