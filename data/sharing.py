@@ -48,7 +48,11 @@ def load_target(path: str, *, device: Any, **options: Any) -> Target:
         return Target.load(path, device=device, **options)
 
     def key(dtype: str) -> Hashable:
-        rest = sorted((name, value) for name, value in options.items() if name != "dtype")
+        rest = sorted(
+            (name, value)
+            for name, value in options.items()
+            if name != "dtype" and value is not None  # left out, or said to be nothing: the same
+        )
         return (path, str(device).removesuffix(":0"), dtype, *rest)
 
     asked = str(options.get("dtype", "auto"))

@@ -181,6 +181,7 @@ def test_killed_in_a_validation_it_is_made_up_for(place, epoch):
     straight, name = whole(place, 1, "online", 1), f"validating-{epoch}"
     steps = 5 * (epoch + 1)
     run(place, name, case, kill_at(steps, "SIGKILL", validating=True), check=-signal.SIGKILL)
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their seconds
     if epoch < EPOCHS - 1:
         resumed = ("--ckpt_path", "last", *kill_at(steps + 2))
         run(place, name, case, resumed, check=143)
