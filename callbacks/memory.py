@@ -81,7 +81,12 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
     device = trainer.strategy.root_device
     longest = datamodule.train_rows.report.longest or datamodule.max_length
     tokens = -(-longest // datamodule.pad_multiple) * datamodule.pad_multiple
-    anchors = torch.zeros(1, min(datamodule.num_anchors, longest), device=device)
+    rows, blocks = datamodule.batch_size, min(datamodule.num_anchors, longest)
+    if datamodule.pack_length > longest:  # as if all rows were of that length
+        in_a_row = min(rows, datamodule.pack_length // longest)
+        rows, blocks = -(-rows // in_a_row), blocks * in_a_row
+        tokens = datamodule.pack_length
+    anchors = torch.zeros(1, blocks, device=device)
     attention = choose_attention(
         module.hparams.attention, anchors, tokens, drafter.config.block_size
     )
@@ -93,7 +98,7 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
     estimate = estimate_step(
         drafter.config,
         StepSizes(
-            rows=datamodule.batch_size,
+            rows=rows,
             tokens=tokens,
             anchors=anchors.shape[1],
             vocab_size=head.vocab_size,

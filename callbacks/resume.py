@@ -60,35 +60,58 @@ class Resume(Callback):
             )
         batches = datamodule.batches_per_epoch()
         epoch = int(state["epoch"])
+        self._left_out = not loop["epoch_loop.batch_progress"]["is_last_batch"]
         as_if_the_epoch_had_ended(loop, batches)
-        self._left_out = True
         loop["state_dict"]["combined_loader"] = [{**state, **now, "handed": batches}]
         pl_module.schedule_origin = (int(checkpoint["global_step"]), epoch + 1)  # type: ignore[assignment]
+        rest = f"; what was left of epoch {epoch} is left out" if self._left_out else ""
         rank_zero_info(
             f"[resume] {', '.join(changed)}: goes on at epoch {epoch + 1}, step "
-            f"{checkpoint['global_step']}; what was left of epoch {epoch} is left out"
+            f"{checkpoint['global_step']}{rest}"
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates now what the stopped run had trained and not validated."""
         loop = trainer.fit_loop
-        done = loop.epoch_progress.current
-        if not (loop.restarted_mid_epoch and done.processed == done.ready):
+        progress, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+        if not (loop.restarted_mid_epoch and progress.current.processed == progress.current.ready):
             return
         # Lightning has counted the epoch as done, and would not count the next one as begun: a
         # second stop in that one would then go unnoticed, and its rows come again
         loop.reset_restart_stage()
         if self._left_out:
             return
-        done.processed, done.completed = done.processed - 1, done.completed - 1
-        if loop.epoch_loop._should_check_val_epoch():
-            validate = loop.epoch_loop.val_loop
-            validate.restarting = False
-            validate.batch_progress.total.reset()
-            trainer.validating = True
-            validate.run()
-            trainer.training = True
-        done.processed, done.completed = done.processed + 1, done.completed + 1
+        pending = batches.total.processed - batches.total.completed
+
+        def shift(epochs: int) -> None:
+            """Moves the counts to where they stand in an epoch's validation, and back."""
+            for one in (progress.current, progress.total):
+                one.processed, one.completed = one.processed + epochs, one.completed + epochs
+            for batch in (batches.current, batches.total):
+                batch.completed -= epochs * pending
+
+        shift(-1)
+        validate(trainer)
+        shift(1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for a run whose last step was taken: its loop is not entered again."""
+        loop = trainer.fit_loop
+        stopped = loop.restarting and loop.epoch_loop.batch_progress.is_last_batch
+        if stopped and loop.epoch_progress.current.processed < loop.epoch_progress.current.ready:
+            validate(trainer)
+
+
+def validate(trainer: Trainer) -> None:
+    """Runs the validation of the current epoch, if it is one that has any."""
+    loop = trainer.fit_loop.epoch_loop
+    if not loop._should_check_val_epoch():
+        return
+    loop.val_loop.restarting = False
+    loop.val_loop.batch_progress.total.reset()
+    trainer.validating = True
+    loop.val_loop.run()
+    trainer.training = True
 
 
 def as_if_the_epoch_had_ended(loop: dict[str, Any], batches: int) -> None:

@@ -93,7 +93,7 @@ class BatchDataset(Dataset[DraftBatch]):
         rows = [self.rows[item.row] for item in items]
         lengths = [len(row.input_ids) for row in rows]
         if self.pack_length:
-            spans = pack(lengths, self.pack_length)
+            spans = pack(lengths, self.pack_length, self.num_anchors * self.block_size)
         else:
             spans = [Span(i, 0, tokens) for i, tokens in enumerate(lengths)]
         count, longest = 1 + max(span.row for span in spans), max(span.last for span in spans)

@@ -5,6 +5,7 @@ Legend: B rows of a batch, S tokens, L tapped layers, D hidden size.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -54,6 +57,8 @@ from drafter.sampling import argmax
 from drafter.target import Target
 
 PLAN = "plan.json"
+FILLING = ".filling"
+"""Ends the name of a shard that a run is filling."""
 POLL_SECONDS = 0.5
 HEADER_BYTES = 800
 """Of a shard's safetensors header, about."""
@@ -206,6 +211,7 @@ class Builder:
                 "num_layers": target.num_layers,
             },
             **fingerprint(target.tokenizer),
+            "rows": {name: rows_digest(rows) for name, rows in self.parts.items()},
             "layer_ids": list(self.layer_ids),
             "hidden_size": target.hidden_size,
             "dtype": settings.dtype,
@@ -341,7 +347,7 @@ class Builder:
 
     def _check_room(self, shards: Sequence[PlannedShard]) -> None:
         whole = self.estimate_bytes(shards)
-        left = whole - sum(shard.bytes for shard in shards if self.done(shard))
+        left = whole - sum(map(self._bytes_there, shards))
         free = shutil.disk_usage(self.folder).free
         tokens = sum(row.tokens for row in self._reports())
         print(
@@ -360,6 +366,11 @@ class Builder:
                 f"the cache needs {left / 1e9:.1f} GB more, and the disk of {self.folder} has "
                 f"{free / 1e9:.1f} GB free: another folder, fewer rows or fewer taps."
             )
+
+    def _bytes_there(self, planned: PlannedShard) -> int:
+        """Returns what a shard takes already; one that a run is filling has its full size."""
+        aside = self.folder / f"{planned.file}{FILLING}"
+        return planned.bytes if self.done(planned) or aside.exists() else 0
 
     def _reports(self) -> list[Any]:
         return [rows.report for rows in self.parts.values()]  # type: ignore[attr-defined]
@@ -385,7 +396,9 @@ class Builder:
         replay = planned.part == REPLAY
         source = self._replay_rows() if replay else self.parts[planned.part]
         rows = [source[place] for place in range(planned.first, planned.last)]
-        with self._computing:
+        device = self.target.device
+        on_its_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with self._computing, on_its_device:  # a thread begins on device 0
             states, lasts, scored, equal = self._compute(rows, replay)
         write_shard(self.folder / planned.file, rows, states, lasts)
         self.describe_shard(planned, rows, sum(map(len, states)), scored, equal)
@@ -481,6 +494,16 @@ class Builder:
             seconds,
         )
         manifest.write(self.folder)
+
+
+def rows_digest(rows: Sequence[TokenRow]) -> str:
+    """Returns 16 hex digits over the tokens and masks of rows: files change under their names."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.array([row.sample_id, len(row.input_ids)], dtype=np.int64).tobytes())
+        digest.update(np.ascontiguousarray(row.input_ids, dtype=np.int32).tobytes())
+        digest.update(np.packbits(row.supervised).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.cache_build import Builder, CacheSettings, PlannedShard
+from data.cache_build import FILLING, Builder, CacheSettings, PlannedShard
 from data.cache_format import (
     HELD_OUT,
     TRAIN,
@@ -38,9 +39,10 @@ from data.cache_format import (
 from data.files import lock
 from data.rows import TokenRow
 from data.sampler import rank_and_world
+from drafter.errors import UserError
 from drafter.ranks import sum_over_ranks
 
-FILLING = ".filling"
+HELD = "filling.lock"
 JOURNAL = "filled-*.log"
 RECORD = 3
 """int64 values of a record: a row's place, tokens scored, and how many are the target's argmax."""
@@ -56,7 +58,7 @@ class CacheFilling:
         agree: Sums a number over all processes, and thereby waits for them.
 
     Raises:
-        UserError: The folder holds another cache, or there is no room.
+        UserError: The folder holds another cache, another run fills it, or there is no room.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class CacheFilling:
         self.builder = builder
         self.folder = builder.folder
         self._rank, self._world_size, self._agree = rank, world_size, agree
+        self._hold()
         self._plan = builder.prepare()
         builder.build([shard for shard in self._plan if shard.part != TRAIN])
         self._shards = [shard for shard in self._plan if shard.part == TRAIN]
@@ -81,6 +84,17 @@ class CacheFilling:
         self._open: dict[int, _Filling] = {}
         self._new: list[tuple[int, int, int]] = []
         self._seconds = 0.0
+
+    def _hold(self) -> None:
+        """Keeps other runs out of the folder until this one is done with it, or dies."""
+        self._held = ExitStack()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = self._rank != 0 or self._held.enter_context(lock(self.folder / HELD))
+        if self._agree(float(not free)):
+            raise UserError(
+                f"another run is filling the cache {self.folder}; wait for it, or give this run a "
+                "folder of its own (--data.cache)."
+            )
 
     @property
     def missing(self) -> int:
@@ -140,19 +154,28 @@ class CacheFilling:
                 f"{self.folder}; they are added when they are drawn"
             )
             return None
-        for opened in self._open.values():
-            os.close(opened.file)
-        self._open = {}
+        self._close_files()
         for shard in self._shards[self._rank :: self._world_size]:
             self._name(shard, records)
         self._agree(0.0)
         if self._rank == 0:
             self.builder.finish(self._plan, self._seconds)
-            for path in self.folder.glob(JOURNAL):
+            for path in (*self.folder.glob(JOURNAL), *self.folder.glob(f"*{FILLING}")):
                 path.unlink()
         self._agree(0.0)
+        self.close()
         rank_zero_info(f"[cache] {self.folder} is complete; features are read from it from now on")
         return read_manifest(self.folder)
+
+    def close(self) -> None:
+        """Lets other runs at the folder."""
+        self._close_files()
+        self._held.close()
+
+    def _close_files(self) -> None:
+        for opened in self._open.values():
+            os.close(opened.file)
+        self._open = {}
 
     def _name(self, shard: PlannedShard, records: dict[int, list[int]]) -> None:
         path = self.folder / shard.file

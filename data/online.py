@@ -29,6 +29,7 @@ from data.sampler import DraftLoader, EpochBatches, rank_and_world
 from data.sharing import KeptFeatures, load_target, shared_features
 from drafter.blocks import DraftBatch
 from drafter.errors import UserError
+from drafter.ranks import sum_over_ranks
 from drafter.target import Target
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class OnlineHiddenStates(LightningDataModule):
                 "--data.fill_cache needs a folder (--data.cache), and keep_in_memory off: the "
                 "cache keeps the features."
             )
-        self._fills = self.fill_cache and not (Path(self.cache or "") / MANIFEST).exists()
+        self._fills = self.fill_cache and not self._cache_is_complete()
         if self._target is None and self.cache and not self._fills:
             self._open_cache("cpu" if self.trainer is None else self.trainer.strategy.root_device)
         if self._target is None:
@@ -200,6 +201,12 @@ class OnlineHiddenStates(LightningDataModule):
         if stage in ("fit", "validate", "test") and self._train_rows is None:
             self._load_rows(training=stage == "fit")
 
+    def _cache_is_complete(self) -> bool:
+        """Returns whether every rank sees a complete cache."""
+        complete = torch.tensor(float((Path(self.cache or "") / MANIFEST).exists()))
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        return float(sum_over_ranks(complete, device)) == rank_and_world(self.trainer)[1]
+
     def _open_cache(self, device: str | torch.device) -> None:
         from data.cached import open_cache
 
@@ -216,6 +223,11 @@ class OnlineHiddenStates(LightningDataModule):
                     f"[cache] data.{name} is the cache's {made_of[name]!r}, not "
                     f"{getattr(self, name)!r}"
                 )
+        kept_in = opened.manifest.identity["dtype"]
+        if self.fill_cache and self.cache_dtype != kept_in:
+            rank_zero_info(
+                f"[cache] features are {kept_in} as the cache has them, not {self.cache_dtype}"
+            )
         rank_zero_info(f"Training rows: {opened.train.report}")
 
     def _read_if_filled(self, dataset: BatchDataset) -> None:
@@ -230,7 +242,13 @@ class OnlineHiddenStates(LightningDataModule):
         """Makes a cache of what a single epoch has filled."""
         if self._filling is not None and stage == "fit":
             self._filling.finish()
+            self._filling.close()
             self._filling = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lets other runs at a cache that this one does not fill any further."""
+        if self._filling is not None:
+            self._filling.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Has no state; what was kept before a checkpoint must outlast the process, though."""
@@ -303,6 +321,8 @@ class OnlineHiddenStates(LightningDataModule):
         if not self.predict_prompts:
             raise UserError("predict has no prompts: set --data.predict_prompts to a file.")
         rank, world_size = rank_and_world(self.trainer)
+        if self.trainer is not None and hasattr(self.trainer.lightning_module, "gather"):
+            self.trainer.lightning_module.gather()  # type: ignore[operator]
         prompts = load_prompts(
             self.predict_prompts,
             self.target.tokenizer,

@@ -73,8 +73,9 @@ class DraftBatch:
 
     @property
     def packed(self) -> bool:
-        """Whether a row holds several documents."""
-        return len(self.sample_ids) != len(self.input_ids)
+        """Whether rows are other than one document each, in the order of `sample_ids`."""
+        spans = self.spans or ()
+        return any(row != place or first for place, (row, first, _) in enumerate(spans))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DraftBatch:
         """Returns a copy whose tensors are on `device`."""

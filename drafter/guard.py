@@ -127,5 +127,6 @@ def save_batch(batch: DraftBatch, path: Path) -> Path:
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             tensors[field.name] = value.detach().cpu().contiguous()
+    tensors["spans"] = torch.tensor(batch.document_spans())  # row, first, last of each document
     replace_atomic(path, lambda aside: save_file(tensors, aside))
     return path

@@ -144,6 +144,7 @@ class DrafterModule(LightningModule):
         self.decoding = decoding
         self.drafter: Drafter | None = None
         self._target: Target | None = None
+        self._predicting: tuple[Drafter] | None = None
         self._batch: DraftBatch | None = None
         self._guard = NonFiniteGuard(on_nonfinite)
         self._log = WindowLog()
@@ -387,10 +388,19 @@ class DrafterModule(LightningModule):
         """Logs what validation logs, under test/."""
         self.on_validation_epoch_end()
 
+    def gather(self) -> None:
+        """Makes a sharded drafter whole for `predict`; the datamodule calls it on every rank.
+
+        No hook of Lightning's does: a rank without a prompt is not asked to predict at all.
+        """
+        self._predicting = (self.whole_drafter().eval(),)  # a tuple: it is no submodule
+
     def predict_step(self, batch: EvalPrompt, batch_idx: int) -> dict[str, Any]:
         """Returns one prompt's response by the real speculative loop, as plain values."""
-        assert self.drafter is not None
-        return predict_prompt(self.drafter, self.target, batch, self.decoding)
+        if self._predicting is None:
+            self.gather()
+        assert self._predicting is not None
+        return predict_prompt(self._predicting[0], self.target, batch, self.decoding)
 
     # ------------------------------------------------------------------ optimisation
 

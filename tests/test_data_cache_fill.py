@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 
@@ -10,9 +11,10 @@ import torch
 
 from data import cache
 from data.cache_build import Builder, CacheSettings
-from data.cache_fill import FILLING, JOURNAL, read_journals
+from data.cache_fill import FILLING, HELD, JOURNAL, read_journals
 from data.cache_format import MANIFEST, TRAIN, CachedRows, read_manifest
 from data.cache_repair import faults
+from data.files import lock
 from drafter.target import Target
 from tests.faults import kill_at
 from tests.runs import OVERLAYS, cli, cli_process, config, find_target, same, scalars, weights
@@ -50,6 +52,12 @@ def fit(place, name, extra=(), check=0, overlay=None, **changes):
     done = cli_process(place, extra=words, timeout=60, **changes)
     assert done.returncode == check, (done.stdout + done.stderr)[-3000:]
     return None
+
+
+def straight(place):
+    """An unbroken run, once for all tests."""
+    if not (place / "straight").exists():
+        fit(place, "straight")
 
 
 def last(place, name):
@@ -114,8 +122,7 @@ def test_a_run_of_one_epoch_leaves_a_cache_that_others_train_from(place, capsys)
 
 @pytest.mark.parametrize(("step", "sig"), [(2, "SIGTERM"), (3, "SIGKILL"), (7, "SIGTERM")])
 def test_killed_and_resumed_it_is_the_unbroken_run(place, step, sig):
-    if not (place / "straight").exists():
-        fit(place, "straight")
+    straight(place)
     name = f"killed-{step}-{sig}"
     fit(place, name, kill_at(step, sig), check=143 if sig == "SIGTERM" else -signal.SIGKILL)
     folder = place / f"{name}-features"
@@ -162,3 +169,33 @@ def test_another_runs_half_filled_cache_is_refused(place, capsys):
         data__cache_dtype="float16",
     )
     assert "holds a cache of other settings" in capsys.readouterr().err
+
+
+def test_edited_rows_do_not_go_into_a_half_filled_cache(place, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((place / "rows.jsonl").read_text())
+    fit(place, "edited", kill_at(3), check=143, data__train_data=str(rows))
+    rows.write_text(rows.read_text().replace("3", "4"))
+    fit(place, "edited", ("--ckpt_path", "last"), check=2, data__train_data=str(rows))
+    assert "holds a cache of other settings (rows.train" in capsys.readouterr().err
+
+
+def test_a_second_run_is_kept_out_of_the_folder(place, capsys):
+    folder = place / "held-features"
+    folder.mkdir()
+    with lock(folder / HELD) as free:
+        assert free
+        fit(place, "held", check=2)
+    assert "another run is filling the cache" in capsys.readouterr().err
+    fit(place, "held")
+
+
+def test_a_disk_with_room_for_one_cache_is_enough_to_go_on(place, monkeypatch):
+    straight(place)
+    fit(place, "room", kill_at(3), check=143)
+    there = sum(path.stat().st_size for path in (place / "room-features").iterdir())
+    left = shutil.disk_usage(place)._replace(free=there // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: left)
+        fit(place, "room", ("--ckpt_path", "last"))
+    assert same(last(place, "room"), last(place, "straight"))

@@ -44,6 +44,28 @@ def test_documents_lie_end_to_end_and_none_is_lost():
     assert 1 + max(span.row for span in spans) <= 5  # 294 tokens: 64 + 90 + 140 of the others
 
 
+def test_many_short_documents_share_no_row_with_a_long_one_if_that_is_more_work():
+    lengths, slots = [2048, *[40] * 7], 48 * 16
+    spans = pack(lengths, 2048, slots)
+    rows = 1 + max(span.row for span in spans)
+    fullest = max(sum(span.row == row for span in spans) for row in range(rows))
+    work = rows * (max(span.last for span in spans) + slots * fullest)
+    for most in range(1, 9):
+        other = pack(lengths, 2048, slots, most)
+        rows = 1 + max(span.row for span in other)
+        assert max(sum(span.row == row for span in other) for row in range(rows)) <= most
+    assert work <= 2 * (2048 + slots * 7)  # all short ones in one row
+    assert work <= 8 * (2048 + slots)  # each in its own
+
+
+def test_rows_in_another_order_count_as_packed(folder):
+    """Longest first, even where every document has a row of its own: row i is not sample i."""
+    _, batch = batches(folder, pack_length=1)
+    assert len(batch.input_ids) == ROWS
+    assert batch.packed
+    assert not batches(folder)[1].packed
+
+
 def test_places_of_short_parts_are_zero_behind_them():
     out = place([torch.ones(2, 1), torch.ones(3, 1)], [Span(0, 1, 5), Span(0, 5, 8)], 1, 9)
     assert out[0, :, 0].tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 0]

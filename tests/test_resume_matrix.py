@@ -174,18 +174,8 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint_and_no_more(place):
     assert same(last(place, "killed"), last(place, straight))
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_killed_in_a_validation_it_is_made_up_for(place, epoch):
-    """... and then stopped in the next epoch: Lightning alone loses count there."""
-    case = Case(1, 0, "later", "online", 1)
-    straight, name = whole(place, 1, "online", 1), f"validating-{epoch}"
-    steps = 5 * (epoch + 1)
-    run(place, name, case, kill_at(steps, "SIGKILL", validating=True), check=-signal.SIGKILL)
-    time.sleep(1.1)  # TensorBoard reads event files in the order of their seconds
-    if epoch < EPOCHS - 1:
-        resumed = ("--ckpt_path", "last", *kill_at(steps + 2))
-        run(place, name, case, resumed, check=143)
-    run(place, name, case, ("--ckpt_path", "last"))
+def same_run(place, name, straight):
+    """Asserts equal weights, curves and best checkpoints."""
     assert same(last(place, name), last(place, straight))
     ours, theirs = scalars(place / name), scalars(place / straight)
     for tag in ("train/cross_entropy", "val/cross_entropy", "val/accepted_length"):
@@ -195,6 +185,43 @@ def test_killed_in_a_validation_it_is_made_up_for(place, epoch):
         for run_name in (name, straight)
     ]
     assert best[0]["global_step"] == best[1]["global_step"]
+
+
+@pytest.mark.parametrize(("epoch", "second"), [(0, "SIGTERM"), (0, "SIGKILL"), (2, None)])
+def test_killed_in_a_validation_it_is_made_up_for(place, epoch, second):
+    """... and then stopped in the next epoch: Lightning alone loses count there."""
+    case = Case(1, 0, "later", "online", 1)
+    straight, name = whole(place, 1, "online", 1), f"validating-{epoch}-{second}"
+    steps = 5 * (epoch + 1)
+    run(place, name, case, kill_at(steps, "SIGKILL", validating=True), check=-signal.SIGKILL)
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their seconds
+    if second:
+        later = steps if second == "SIGKILL" else steps + 2  # before anything else is saved
+        code = 143 if second == "SIGTERM" else -signal.SIGKILL
+        run(place, name, case, ("--ckpt_path", "last", *kill_at(later, second)), check=code)
+        time.sleep(1.1)
+    run(place, name, case, ("--ckpt_path", "last"))
+    same_run(place, name, straight)
+
+
+def test_the_last_validation_of_a_run_of_so_many_steps_is_made_up_for(place):
+    case, limit = Case(1, 0, "later", "online", 1), "--trainer.max_steps=10"
+    run(place, "ten", case, (limit,))
+    killed = (limit, *kill_at(10, "SIGKILL", validating=True))
+    run(place, "ten-killed", case, killed, check=-signal.SIGKILL)
+    time.sleep(1.1)
+    run(place, "ten-killed", case, (limit, "--ckpt_path", "last"))
+    same_run(place, "ten-killed", "ten")
+
+
+def test_other_sizes_after_a_whole_epoch_lose_no_validation(place, capsys):
+    case = Case(1, 0, "first", "online", 1)
+    run(place, "whole-epoch", case, kill_at(5, "SIGKILL", validating=True), check=-signal.SIGKILL)
+    time.sleep(1.1)
+    resumed = ("--ckpt_path", "last", "--data.batch_size=1", "--resume.other_sizes=next_epoch")
+    run(place, "whole-epoch", case, resumed)
+    assert [step for step, _ in scalars(place / "whole-epoch")["val/cross_entropy"]] == [4, 13, 22]
+    assert "is left out" not in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(place, monkeypatch):

@@ -47,6 +47,26 @@ def test_trains_verifies_and_resumes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prompts", [3, 1])
+def test_predicts_whatever_each_rank_has_to_do(tmp_path, prompts):
+    fit(tmp_path, trainer__max_epochs=1)
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "Count them."}\n' * prompts)
+    words = ("--ckpt_path", "last", f"--predictions.output={output}")
+    done = cli_process(
+        tmp_path,
+        "predict",
+        (*OVERLAYS["fsdp2"], *words),
+        timeout=60,
+        data__predict_prompts=str(path),
+        model__decoding__max_new_tokens=4,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [p for p in tmp_path.glob("out*") if p.read_text()]
+    assert sum(len(p.read_text().splitlines()) for p in found) == prompts
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["ddp", "fsdp2"])
 def test_the_other_strategy_goes_on_with_a_checkpoint(tmp_path, first):
     second = {"ddp": "fsdp2", "fsdp2": "ddp"}[first]
