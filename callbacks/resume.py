@@ -97,8 +97,13 @@ class Resume(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for a run whose last step was taken: its loop is not entered again."""
         loop = trainer.fit_loop
-        stopped = loop.restarting and loop.epoch_loop.batch_progress.is_last_batch
-        if stopped and loop.epoch_progress.current.processed < loop.epoch_progress.current.ready:
+        progress, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
+        pending = batches.total.processed - batches.total.completed  # none after a validation
+        if not (loop.restarting and batches.is_last_batch and pending):
+            return
+        if progress.processed < progress.ready:
+            for batch in (batches.current, batches.total):
+                batch.completed += pending
             validate(trainer)
 
 
