@@ -79,8 +79,17 @@ class CacheFilling:
         self._places = {row.sample_id: place for place, row in enumerate(self._rows)}
         self._done = set(read_journals(self.folder)[:, 0].tolist())
         for shard in self._shards:
+            rows = range(shard.first, shard.last)
+            files = (shard.file, f"{shard.file}{FILLING}")
             if builder.done(shard):
-                self._done.update(range(shard.first, shard.last))
+                self._done.update(rows)
+            elif not self._done.isdisjoint(rows) and not any(
+                (self.folder / name).exists() for name in files
+            ):
+                raise UserError(
+                    f"{self.folder} was being filled, and its {shard.file} is gone; delete the "
+                    "folder, and the next run fills it anew."
+                )
         self._open: dict[int, _Filling] = {}
         self._new: list[tuple[int, int, int]] = []
         self._seconds = 0.0

@@ -180,6 +180,13 @@ def test_edited_rows_do_not_go_into_a_half_filled_cache(place, tmp_path, capsys)
     assert "holds a cache of other settings (rows.train" in capsys.readouterr().err
 
 
+def test_a_half_filled_shard_that_is_gone_is_missed(place, capsys):
+    fit(place, "gone", kill_at(3), check=143)
+    next((place / "gone-features").glob(f"*{FILLING}")).unlink()
+    fit(place, "gone", ("--ckpt_path", "last"), check=2)
+    assert "was being filled, and its shard-00000.safetensors is gone" in capsys.readouterr().err
+
+
 def test_a_second_run_is_kept_out_of_the_folder(place, capsys):
     folder = place / "held-features"
     folder.mkdir()
