@@ -119,6 +119,8 @@ class Bench:
     def cache(self) -> None:
         """Builds the cache on all devices and reads every byte of it."""
         options, name = self.options, "build"
+        if name in self.done():
+            return
         words = ["-m", "torch.distributed.run", f"--nproc-per-node={options.devices}"]
         words += ["-m", "data.cache", "build", f"--output={self.work / 'cache'}"]
         words += ["--from", str(CONFIG), f"--target={options.target}"]
@@ -146,23 +148,27 @@ class Bench:
 
     def stream(self) -> None:
         """The same run from the cache and online, side by side on two devices."""
-        more = [f"--trainer.max_epochs={self.options.epochs}"]
-        cached = self.fit("cached", [*more, *self.from_cache()], gpu=0)
-        online = self.fit("online", [*more, f"--data.target={self.options.target}"], gpu=1)
-        verify = self.start("verify", ["-m", "data.cache", "verify", str(self.work / "cache")])
-        for name, process in (("verify", verify), ("cached", cached), ("online", online)):
-            if self.wait(name, process) and name != "verify":
-                self.keep(name, **self.timing(name))
-            elif name == "verify":
+        more, done = [f"--trainer.max_epochs={self.options.epochs}"], self.done()
+        online = [*more, f"--data.target={self.options.target}"]
+        running = {}
+        if "cached" not in done:
+            running["cached"] = self.fit("cached", [*more, *self.from_cache()], gpu=0)
+        if "online" not in done:
+            running["online"] = self.fit("online", online, gpu=1)
+        if "verify" not in done:
+            words = ["-m", "data.cache", "verify", str(self.work / "cache")]
+            if self.wait("verify", self.start("verify", words)):
                 said = (self.work / "verify.log").read_text().splitlines()
                 self.keep("verify", said=said[-1:])
-        self.compare("curves", "cached", "online")
-        if self.options.again:
-            name = "online-again"
-            words = [*more, f"--data.target={self.options.target}"]
-            if self.wait(name, self.fit(name, words, gpu=1)):
+        for name, process in running.items():
+            if self.wait(name, process):
                 self.keep(name, **self.timing(name))
-                self.compare("curves of two online runs", "online", name)
+        self.compare("curves", "cached", "online")
+        name = "online-again"
+        wanted = self.options.again and name not in done
+        if wanted and self.wait(name, self.fit(name, online, gpu=1)):
+            self.keep(name, **self.timing(name))
+            self.compare("curves of two online runs", "online", name)
 
     def compare(self, title: str, *names: str) -> None:
         """Keeps how far two runs' logged losses lie apart, at the beginning and over all."""
@@ -183,13 +189,15 @@ class Bench:
     def scale(self) -> None:
         """A step on one device, and on all with the batch of each unchanged."""
         devices, limit = self.options.devices, self.options.warmup + self.options.steps
-        common = [*self.from_cache(), "--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
-        common += [f"--trainer.limit_train_batches={limit}"]
+        common = [*self.from_cache(), "--trainer.max_epochs=100", "--trainer.limit_val_batches=0"]
+        common += [f"--trainer.max_steps={limit + 1}"]
         for name, extra in (
             ("one", ["--trainer.devices=1"]),
             ("ddp", self.overlay("ddp")),
             ("fsdp2", self.overlay("fsdp2")),
         ):
+            if name in self.done():
+                continue
             if self.wait(name, self.fit(name, [*extra, *common], 0 if devices == 1 else None)):
                 self.keep(name, **self.timing(name))
         found = self.done()
@@ -204,14 +212,16 @@ class Bench:
 
     def resume(self) -> None:
         """FSDP2 with verification: stopped by SIGTERM in mid-epoch, and resumed."""
-        limit = self.options.warmup + self.options.steps
+        limit = min(100, self.options.warmup + self.options.steps)
         extra = [*self.overlay("fsdp2"), *self.from_cache(), "--trainer.max_epochs=1"]
-        extra += [f"--trainer.limit_train_batches={limit}", "--checkpoint_last.every_n_steps=20"]
+        extra += [f"--trainer.limit_train_batches={limit}", "--preemption.check_every_n_steps=1"]
         kill = [
             "--trainer.callbacks+=tests.faults.KillAt",
             f"--trainer.callbacks.init_args.step={limit // 2}",
         ]
         name = "fsdp2-resumed"
+        if name in self.done():
+            return
         first = self.fit(name, [*extra, *kill], verify=True)
         if self.wait(name, first, 128 + signal.SIGTERM):
             second = self.fit(name, [*extra, "--ckpt_path=last"], verify=True)
@@ -255,7 +265,7 @@ def main() -> None:
     parser.add_argument("--val_rows", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=32, help="verified")
-    parser.add_argument("--warmup", type=int, default=120, help="steps; shapes compile")
+    parser.add_argument("--warmup", type=int, default=200, help="steps; shapes compile")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--again", action="store_true", help="also a second online run, to compare")
     parser.add_argument("--toy", action="store_true")
