@@ -33,25 +33,25 @@ class MemoryReport(Callback):
         """Prints the estimate; on a GPU also what is free."""
         device = trainer.strategy.root_device
         self.estimate = estimate = estimate_run(trainer, pl_module)
-        lines = estimate.lines()
+        shown, advice = estimate.lines()
         needed = estimate.total - estimate.weights  # the weights are there already
         if device.type == "cuda":
             torch.cuda.empty_cache()
             free, whole = torch.cuda.mem_get_info(device)
-            lines[0] += f"; {free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
+            shown += f"; {free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
             if needed > ROOM * free:
-                lines[1] = (
-                    f"[memory] WARNING: a step of the longest rows may not fit{lines[1][8:]} "
+                shown += (
+                    f"\n[memory] WARNING: a step of the longest rows may not fit. {advice} "
                     "(data.keep_in_memory: false frees what features take)"
                 )
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         if not (self.show and trainer.is_global_zero):
             return
-        print("\n".join(lines), flush=True)
+        print(shown, flush=True)
         writer = getattr(trainer.logger, "experiment", None)
         if writer is not None and hasattr(writer, "add_text"):
-            writer.add_text("memory/estimate", "\n\n".join(lines), global_step=trainer.global_step)
+            writer.add_text("memory/estimate", shown, global_step=trainer.global_step)
 
     def on_train_batch_end(
         self,

@@ -97,7 +97,7 @@ class MemoryEstimate:
         shares = {name: getattr(self, name) for name in _SETTINGS}
         shares["weights"] += self.gradients + self.optimizer + self.weight_copies
         largest = max(shares, key=lambda name: shares[name])
-        return [self.describe(), f"[memory] to need less, lower {_SETTINGS[largest]}"]
+        return [self.describe(), f"To need less, lower {_SETTINGS[largest]}"]
 
 
 def estimate_step(config: DrafterConfig, sizes: StepSizes) -> MemoryEstimate:
