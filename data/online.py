@@ -239,11 +239,15 @@ class OnlineHiddenStates(LightningDataModule):
             self._filling = None
 
     def teardown(self, stage: str) -> None:
-        """Makes a cache of what a single epoch has filled."""
-        if self._filling is not None and stage == "fit":
+        """Makes a cache of what a single epoch has filled; what comes next reads it."""
+        if not self._fills or stage != "fit":
+            return
+        if self._filling is not None:
             self._filling.finish()
             self._filling.close()
             self._filling = None
+        if self._cache_is_complete():
+            self._target = self._train_rows = self._val_rows = None
 
     def on_exception(self, exception: BaseException) -> None:
         """Lets other runs at a cache that this one does not fill any further."""

@@ -15,6 +15,7 @@ from data.cache_fill import FILLING, HELD, JOURNAL, read_journals
 from data.cache_format import MANIFEST, TRAIN, CachedRows, read_manifest
 from data.cache_repair import faults
 from data.files import lock
+from data.stored_target import StoredTarget
 from drafter.target import Target
 from tests.faults import kill_at
 from tests.runs import OVERLAYS, cli, cli_process, config, find_target, same, scalars, weights
@@ -111,7 +112,10 @@ def test_the_target_runs_in_the_first_epoch_only_and_the_cache_is_whole(place, m
 
 
 def test_a_run_of_one_epoch_leaves_a_cache_that_others_train_from(place, capsys):
-    fit(place, "one", trainer__max_epochs=1)
+    run = fit(place, "one", trainer__max_epochs=1)
+    run.datamodule.setup("fit")  # the same datamodule once more
+    assert isinstance(run.datamodule.target, StoredTarget)
+    assert isinstance(run.datamodule.train_rows.rows, CachedRows)
     assert (place / "one-features" / MANIFEST).exists()
     capsys.readouterr()
     fit(place, "next", data__cache=str(place / "one-features"), data__fill_cache=False)
