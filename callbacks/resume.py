@@ -7,7 +7,6 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from data.sampler import SIZES
 from drafter.errors import UserError
 
 
@@ -46,12 +45,11 @@ class Resume(Callback):
             "batch_size": datamodule.batch_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
         }
-        assert now.keys() == set(SIZES)
-        changed = [f"{key} {state[key]} -> {now[key]}" for key in SIZES if state[key] != now[key]]
+        changed = [f"{key} {state[key]} -> {now[key]}" for key in now if state[key] != now[key]]
         if not changed:
             return
         if self.other_sizes == "refuse":
-            was = " ".join(f"{key}={state[key]}" for key in SIZES)
+            was = " ".join(f"{key}={state[key]}" for key in now)
             raise UserError(
                 f"The checkpoint was written with {was}; this run changes {', '.join(changed)}, so "
                 "the rest of its epoch would come in another order. Resume with those, or pass "

@@ -126,6 +126,11 @@ class PlannedShard:
         """Its name."""
         return f"{'replay' if self.part == REPLAY else 'shard'}-{self.number:05d}.safetensors"
 
+    @property
+    def filling(self) -> str:
+        """Its name while a run is filling it."""
+        return f"{self.file}{FILLING}"
+
 
 class Builder:
     """Everything that a build needs in memory: the target, the rows, and where they go.
@@ -369,7 +374,7 @@ class Builder:
 
     def _bytes_there(self, planned: PlannedShard) -> int:
         """Returns what a shard takes already; one that a run is filling has its full size."""
-        aside = self.folder / f"{planned.file}{FILLING}"
+        aside = self.folder / planned.filling
         return planned.bytes if self.done(planned) or aside.exists() else 0
 
     def _reports(self) -> list[Any]:

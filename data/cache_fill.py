@@ -80,7 +80,7 @@ class CacheFilling:
         self._done = set(read_journals(self.folder)[:, 0].tolist())
         for shard in self._shards:
             rows = range(shard.first, shard.last)
-            files = (shard.file, f"{shard.file}{FILLING}")
+            files = (shard.file, shard.filling)
             if builder.done(shard):
                 self._done.update(rows)
             elif not self._done.isdisjoint(rows) and not any(
@@ -187,12 +187,11 @@ class CacheFilling:
         self._open = {}
 
     def _name(self, shard: PlannedShard, records: dict[int, list[int]]) -> None:
-        path = self.folder / shard.file
-        aside = path.with_suffix(path.suffix + FILLING)
+        aside = self.folder / shard.filling
         if self.builder.done(shard):
             return
         if aside.exists():
-            os.replace(aside, path)
+            os.replace(aside, self.folder / shard.file)
         rows = [self._rows[place] for place in range(shard.first, shard.last)]
         counts = [records[place] for place in range(shard.first, shard.last)]
         self.builder.describe_shard(
@@ -253,8 +252,7 @@ class _Filling:
     """A shard at its full size, zero where no row has been written."""
 
     def __init__(self, builder: Builder, shard: PlannedShard, rows: Sequence[TokenRow]) -> None:
-        path = builder.folder / shard.file
-        aside = path.with_suffix(path.suffix + FILLING)
+        aside = builder.folder / shard.filling
         dtype, width = builder.dtype, builder.target.hidden_size
         lengths = {"hidden_states": [kept_positions(row) for row in rows]}
         widths = {"hidden_states": len(builder.layer_ids) * width}

@@ -18,9 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from drafter.blocks import DraftBatch
 from drafter.errors import UserError
 
-SIZES = ("world_size", "batch_size", "accumulate_grad_batches")
-"""What a run may change on resume, from the next epoch on."""
-
 
 class Item(NamedTuple):
     """One row of a batch."""
