@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -19,6 +20,7 @@ from callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckp
 from callbacks.memory import MemoryReport
 from callbacks.predictions import PredictionWriter
 from callbacks.preemption import Preemption, preempted_exit
+from callbacks.progress import TrainingBar
 from callbacks.resume import Resume
 from callbacks.run_files import Provenance, RunSummary, SaveRunConfig
 from callbacks.verification import SpeculativeVerification
@@ -106,6 +108,13 @@ class DrafterCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
+        given = self._get(self.config_init, "trainer.callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if not any(isinstance(callback, ProgressBar) for callback in given):
+            trainer.callbacks = [
+                TrainingBar() if isinstance(callback, ProgressBar) else callback
+                for callback in trainer.callbacks
+            ]
         if self.subcommand == "fit":
             trainer.callbacks = [Provenance(run_dir), *trainer.callbacks, RunSummary(run_dir)]
         return trainer

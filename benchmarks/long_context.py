@@ -110,6 +110,7 @@ def main() -> None:
             enable_progress_bar=False,
             use_distributed_sampler=False,
             limit_val_batches=0,
+            log_every_n_steps=1,
             callbacks=[MemoryReport(), times],
         )
         trainer.fit(DrafterModule(num_layers=options.layers), datamodule)

@@ -28,6 +28,7 @@ class MemoryReport(Callback):
         self.show = show
         self.estimate: MemoryEstimate | None = None
         self._before: int | None = None
+        self._steps = self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the estimate; on a GPU also what is free."""
@@ -45,7 +46,9 @@ class MemoryReport(Callback):
                     "(data.keep_in_memory: false frees what features take)"
                 )
             torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
+            there = estimate.weights + (estimate.optimizer if trainer.optimizers[0].state else 0)
+            self._before = torch.cuda.memory_allocated(device) - there
+            self._seen = trainer.global_step
         if not (self.show and trainer.is_global_zero):
             return
         print(shown, flush=True)
@@ -61,12 +64,16 @@ class MemoryReport(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Prints once what the first step really took."""
+        """Prints once what a step really takes: the second, when the optimizer's state is there."""
         if self._before is None or not trainer.is_global_zero or not self.show:
+            return
+        self._steps += trainer.global_step > self._seen
+        self._seen = trainer.global_step
+        if self._steps < 2:
             return
         taken = torch.cuda.max_memory_allocated(trainer.strategy.root_device) - self._before
         self._before = None
-        print(f"[memory] the first step took {taken / 1e9:.2f} GB", flush=True)
+        print(f"[memory] a step took {taken / 1e9:.2f} GB", flush=True)
 
 
 def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.sharing import DocumentFeatures, KeptFeatures
+from drafter.arriving import Arriving
 from drafter.blocks import PADDING_DOCUMENT, DraftBatch
 from drafter.layer_ids import assert_finite_features
 from drafter.packing import place
@@ -22,10 +23,41 @@ if TYPE_CHECKING:
     from data.cache_fill import CacheFilling
 
 
+class FiniteCheck:
+    """Looks whether a target's features are finite; on a GPU one look late.
+
+    The answer of a GPU is read when the next one is asked for: waiting for it at once would keep
+    the host from preparing the step.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Arriving, Tensor, tuple[int, ...], Tensor] | None = None
+
+    def look(self, states: Tensor, layer_ids: tuple[int, ...], sample_ids: Tensor) -> None:
+        """Asks about states (B, S, L*D) of rows called `sample_ids` (B,).
+
+        Raises:
+            UserError: A state of an earlier look (on a CPU: of this one) is NaN or infinite; names
+                row, layer and position.
+        """
+        self.settle()
+        finite = Arriving(torch.isfinite(states).all())
+        self._pending = (finite, states, layer_ids, sample_ids)
+        if not finite.from_device:
+            self.settle()
+
+    def settle(self) -> None:
+        """Reads the last answer; raises as `look` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending[0].read():
+            assert_finite_features(*pending[1:])
+
+
 class Request:
     """What a batch needs of the target, and how to get it.
 
     Args:
+        check: Looks at what the target gives.
         batch: On the target's device.
         target: Runs on the documents.
         layer_ids: Tapped layers.
@@ -35,12 +67,14 @@ class Request:
 
     def __init__(
         self,
+        check: FiniteCheck,
         batch: DraftBatch,
         target: Target,
         layer_ids: tuple[int, ...],
         last_hidden: bool,
         row_set: str,
     ) -> None:
+        self.check = check
         self.batch = batch
         self.target = target
         self.layer_ids = layer_ids
@@ -48,15 +82,11 @@ class Request:
         self.row_set = row_set
 
     def run(self, input_ids: Tensor, document_ids: Tensor, sample_ids: Tensor) -> Features:
-        """Returns the target's states of right-padded rows.
-
-        Raises:
-            UserError: One is NaN or infinite; names row, layer and position.
-        """
+        """Returns the target's states of right-padded rows, which `check` looks at."""
         features = self.target.features(
             input_ids, document_ids, self.layer_ids, last_hidden=self.last_hidden
         )
-        assert_finite_features(features.hidden_states, self.layer_ids, sample_ids)
+        self.check.look(features.hidden_states, self.layer_ids, sample_ids)
         return features
 
     def documents(self, which: Sequence[int]) -> list[DocumentFeatures]:
@@ -117,7 +147,9 @@ class RememberedFeatures:
         missing = [i for i, key in enumerate(keys) if key not in self._kept]
         if missing:
             to = request.batch.input_ids.device if self._on_device else "cpu"
-            for i, (states, last) in zip(missing, request.documents(missing), strict=True):
+            found = request.documents(missing)
+            request.check.settle()  # before they are kept
+            for i, (states, last) in zip(missing, found, strict=True):
                 # copies: a view would keep the whole padded batch alive
                 own = None if last is None else last.to(to, copy=True)
                 self._kept[keys[i]] = (states.to(to, copy=True), own)
@@ -145,6 +177,7 @@ class RoundedFeatures:
         request.last_hidden = wanted or filling is not None
         found = request.all_documents()
         if filling is not None:
+            request.check.settle()  # before they are written
             states, lasts = zip(*found, strict=True)
             filling.add(request.batch.sample_ids.tolist(), states, lasts)
         return [
@@ -160,6 +193,7 @@ def fill_batch(
     last_hidden: bool,
     row_set: str,
     keeper: Keeper,
+    check: FiniteCheck,
 ) -> DraftBatch:
     """Fills a batch's `hidden_states` (B, S, L*D) and, if asked, `last_hidden` (B, S, D).
 
@@ -170,8 +204,12 @@ def fill_batch(
         last_hidden: Whether what the head reads is needed.
         row_set: Which row set the sample ids count in.
         keeper: Where features come from and go.
+        check: Looks at what the target gives.
+
+    Raises:
+        UserError: As `FiniteCheck.look`.
     """
-    request = Request(batch, target, layer_ids, last_hidden, row_set)
+    request = Request(check, batch, target, layer_ids, last_hidden, row_set)
     parts = keeper.features(request)
     if parts is None:
         batch.hidden_states, batch.last_hidden = request.run(

@@ -18,6 +18,7 @@ from data.batches import BatchDataset
 from data.cache_format import MANIFEST, TRAIN, CachedRows
 from data.conversations import RowSet, load_rows
 from data.features import (
+    FiniteCheck,
     Keeper,
     NothingKept,
     RememberedFeatures,
@@ -145,6 +146,7 @@ class OnlineHiddenStates(LightningDataModule):
         self._val_rows: RowSet | None = None
         self._fills = False
         self._kept: KeptFeatures = {}
+        self._check = FiniteCheck()
         self._filling: CacheFilling | None = None
 
     @property
@@ -240,6 +242,7 @@ class OnlineHiddenStates(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Makes a cache of what a single epoch has filled; what comes next reads it."""
+        self._check.settle()
         if not self._fills or stage != "fit":
             return
         if self._filling is not None:
@@ -387,6 +390,9 @@ class OnlineHiddenStates(LightningDataModule):
         """Moves a `DraftBatch`; a prompt has nothing to move."""
         if isinstance(batch, Prompt):
             return batch
+        if isinstance(batch, DraftBatch):
+            # Lightning would wait for the device here, and could not prepare the step meanwhile
+            return batch.to(device, non_blocking=True)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -414,7 +420,8 @@ class OnlineHiddenStates(LightningDataModule):
             row_set: Which row set the sample ids count in.
 
         Raises:
-            UserError: A hidden state is NaN or infinite; names row, layer and position.
+            UserError: A hidden state of this batch (on a GPU: of the one before, unless features
+                are kept) is NaN or infinite; names row, layer and position.
         """
         if self._fills:
             keeper: Keeper = RoundedFeatures(getattr(torch, self.cache_dtype), self._filling)
@@ -422,4 +429,4 @@ class OnlineHiddenStates(LightningDataModule):
             keeper = RememberedFeatures(self._kept, on_device=self.keep_in_memory == "device")
         else:
             keeper = NothingKept()
-        return fill_batch(batch, self.target, layer_ids, last_hidden, row_set, keeper)
+        return fill_batch(batch, self.target, layer_ids, last_hidden, row_set, keeper, self._check)

@@ -138,7 +138,8 @@ def _flex_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) -> 
     rows, context_length = document_ids_BS.shape
     slots = anchors_BA.shape[1] * block_size
     anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
-    length = torch.tensor(context_length, device=anchors_BA.device)
+    # filled on the device: a copy from the host would wait for it
+    length = torch.full((), context_length, device=anchors_BA.device)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         block = q // block_size

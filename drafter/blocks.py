@@ -42,6 +42,7 @@ class DraftBatch:
         positions: (B, S) int64, position within the document.
         anchors: (B, A) int64 row indices, ascending; -1 for an invalid block.
         sample_ids: (P,) int64, each document's place in its source; P = B unless rows are packed.
+            On the host wherever the rest is: only the host reads them.
         valid_counts: (N,) int64, valid slots of this batch at each drafted position.
         window_counts: (N,) int64, the same summed over the accumulation window (this rank only).
         hidden_states: (B, S, L*D) tapped layers side by side, or None before they are added.
@@ -78,8 +79,9 @@ class DraftBatch:
         return any(row != place or first for place, (row, first, _) in enumerate(spans))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DraftBatch:
-        """Returns a copy whose tensors are on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Returns a copy whose tensors, but for `sample_ids`, are on `device`."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return dataclasses.replace(moved, sample_ids=self.sample_ids)
 
     def pin_memory(self) -> DraftBatch:
         """Returns a copy in page-locked memory (called by torch's DataLoader)."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from drafter.arriving import Arriving
 from drafter.blocks import DraftBatch
 from drafter.errors import UserError
 from drafter.files import replace_atomic
@@ -32,9 +33,8 @@ LAG = {"cuda": 2, "cpu": 1}
 class _Pending:
     """A step whose gradient norm is on its way to the host."""
 
-    norm: Tensor
-    """(), on the host."""
-    arrived: torch.cuda.Event | None
+    norm: Arriving
+    """()."""
     batch: DraftBatch
     step: int
 
@@ -69,16 +69,11 @@ class NonFiniteGuard:
             step: Optimizer steps taken so far.
         """
         norm = norm.detach()
+        self._pending.append(_Pending(Arriving(norm), batch, step))
         if norm.is_cuda:
-            host = torch.empty((), dtype=norm.dtype, pin_memory=True)
-            host.copy_(norm, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._pending.append(_Pending(host, arrived, batch, step))
             # what a GradScaler sets: fused AdamW changes neither weights nor state if it is 1
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             return
-        self._pending.append(_Pending(norm, None, batch, step))
         if not torch.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None  # AdamW passes over parameters without one
@@ -95,16 +90,14 @@ class NonFiniteGuard:
             UserError: The action is `stop`; says which rows, and where the batch is.
         """
         while self._pending:
-            lag = LAG["cpu" if self._pending[0].arrived is None else "cuda"]
+            lag = LAG["cuda" if self._pending[0].norm.from_device else "cpu"]
             if len(self._pending) < lag and not everything:
                 return
             self._settle_one(self._pending.popleft(), folder, rank)
 
     def _settle_one(self, pending: _Pending, folder: Path, rank: int) -> None:
         batch, step = pending.batch, pending.step
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        if torch.isfinite(pending.norm):
+        if torch.isfinite(pending.norm.read()):
             return
         self.skipped += 1
         if self.action == "skip":

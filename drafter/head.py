@@ -197,7 +197,8 @@ def score_blocks(
         index_T = torch.nonzero_static(flat_valid, size=num_slots).squeeze(-1)
     drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
     labels_T = blocks.labels.flatten()[index_T]
-    scores = score_slots(head, drafted_SD[index_T], labels_T)
+    # not by indexing, whose backward pass would sort the index
+    scores = score_slots(head, drafted_SD.index_select(0, index_T), labels_T)
     log_prob = scores.log_prob.new_zeros(len(flat_valid)).index_copy(0, index_T, scores.log_prob)
     correct = torch.zeros_like(flat_valid).index_copy(0, index_T, scores.correct)
     return BlockScores(
