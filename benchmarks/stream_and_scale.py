@@ -87,6 +87,7 @@ class Bench:
             f"--data.train_data={options.rows}",
             f"--data.limit_rows={options.limit_rows}",
             f"--data.val_rows={options.val_rows}",
+            *([] if options.batch_size is None else [f"--data.batch_size={options.batch_size}"]),
             "--data.keep_in_memory=false",
             "--trainer.enable_progress_bar=false",
             "--verification.progress=false",
@@ -188,27 +189,27 @@ class Bench:
 
     def scale(self) -> None:
         """A step on one device, and on all with the batch of each unchanged."""
-        devices, limit = self.options.devices, self.options.warmup + self.options.steps
+        options = self.options
+        devices, limit = options.devices, options.warmup + options.steps
         common = [*self.from_cache(), "--trainer.max_epochs=100", "--trainer.limit_val_batches=0"]
         common += [f"--trainer.max_steps={limit + 1}"]
-        for name, extra in (
-            ("one", ["--trainer.devices=1"]),
-            ("ddp", self.overlay("ddp")),
-            ("fsdp2", self.overlay("fsdp2")),
-        ):
-            if name in self.done():
+        rows = "" if options.batch_size is None else f", {options.batch_size} rows a device"
+        strategies = {"one": ["--trainer.devices=1"]}
+        strategies |= {name: self.overlay(name) for name in ("ddp", "fsdp2")}
+        for strategy, extra in strategies.items():
+            name = strategy + rows
+            if name in self.done() or strategy not in options.only:
                 continue
             if self.wait(name, self.fit(name, [*extra, *common], 0 if devices == 1 else None)):
                 self.keep(name, **self.timing(name))
         found = self.done()
-        if "one" in found:
-            alone = found["one"]["seconds_per_step"]
-            efficiency = {
-                name: alone / found[name]["seconds_per_step"]
-                for name in ("ddp", "fsdp2")
-                if name in found
-            }
-            self.keep("scaling efficiency", devices=devices, **efficiency)
+        alone = found.get("one" + rows, {}).get("seconds_per_step")
+        efficiency = {
+            name: alone / found[name + rows]["seconds_per_step"]
+            for name in strategies
+            if alone and name != "one" and name + rows in found
+        }
+        self.keep("scaling efficiency" + rows, devices=devices, **efficiency)
 
     def resume(self) -> None:
         """FSDP2 with verification: stopped by SIGTERM in mid-epoch, and resumed."""
@@ -260,9 +261,13 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--work", default="/tmp/stream_and_scale", help="caches and runs")
     parser.add_argument("--parts", nargs="+", default=["cache", "stream", "scale", "resume"])
+    parser.add_argument(
+        "--only", nargs="+", default=["one", "ddp", "fsdp2"], help="strategies of `scale`"
+    )
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--limit_rows", type=int, default=6000)
     parser.add_argument("--val_rows", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, help="rows of a device; None for the config's")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=32, help="verified")
     parser.add_argument("--warmup", type=int, default=200, help="steps; shapes compile")

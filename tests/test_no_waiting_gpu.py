@@ -41,7 +41,12 @@ def test_the_host_runs_ahead(tmp_path, keep, attention):
             file.write(json.dumps({"prompt_ids": ids[:8], "response_ids": ids[8:]}) + "\n")
     folder = tiny_target_dir(tmp_path, "llama")
     datamodule = OnlineHiddenStates(
-        target=str(folder), train_data=str(rows), batch_size=2, num_anchors=4, keep_in_memory=keep
+        target=str(folder),
+        train_data=str(rows),
+        max_length=64,
+        batch_size=2,
+        num_anchors=4,
+        keep_in_memory=keep,
     )
     datamodule.use_target(Target.load(str(folder), device="cuda"))
     watcher = RefuseToWait()
