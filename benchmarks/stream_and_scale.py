@@ -98,6 +98,7 @@ class Bench:
             f"--trainer.profiler.warmup={options.warmup}",
             f"--trainer.profiler.steps={options.steps}",
             *([] if verify else NO_VERIFICATION),
+            *options.extra,
             *extra,
         ]
         return self.start(name, words, gpu)
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=200, help="steps; shapes compile")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--again", action="store_true", help="also a second online run, to compare")
+    parser.add_argument("--extra", action="append", default=[], help="one more word of every fit")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget earlier work")
     options = parser.parse_args()

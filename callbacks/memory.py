@@ -95,7 +95,11 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
         tokens = datamodule.pack_length
     anchors = torch.zeros(1, blocks, device=device)
     attention = choose_attention(
-        module.hparams.attention, anchors, tokens, drafter.config.block_size
+        module.hparams.attention,
+        anchors,
+        tokens,
+        drafter.config.block_size,
+        drafter.config.head_dim,
     )
     strategy = trainer.strategy
     copies = 1

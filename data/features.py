@@ -84,7 +84,11 @@ class Request:
     def run(self, input_ids: Tensor, document_ids: Tensor, sample_ids: Tensor) -> Features:
         """Returns the target's states of right-padded rows, which `check` looks at."""
         features = self.target.features(
-            input_ids, document_ids, self.layer_ids, last_hidden=self.last_hidden
+            input_ids,
+            document_ids,
+            self.layer_ids,
+            last_hidden=self.last_hidden,
+            packed=None if self.batch.spans is None else False,
         )
         self.check.look(features.hidden_states, self.layer_ids, sample_ids)
         return features

@@ -24,6 +24,8 @@ FLEX_MIN_SCORES = 1 << 19
 """`auto` takes flex_attention on CUDA from this many scores per row and head (Q * (S + Q)). On an
 H100 a step of configs/smollm2.yaml, with 840,000 of them, takes 34 ms with it and 42 with SDPA."""
 
+FLEX_MIN_HEAD_DIM = 16
+
 
 def is_visible(
     query: Tensor,
@@ -72,6 +74,7 @@ def build_visibility(
     document_ids_BS: Tensor,
     block_size: int,
     attention: AttentionKind = "auto",
+    head_dim: int = FLEX_MIN_HEAD_DIM,
 ) -> Visibility:
     """Returns the visibility of B x A blocks over their rows.
 
@@ -80,21 +83,28 @@ def build_visibility(
         document_ids_BS: (B, S) int64, -1 at padding. S is the length of the encoded context.
         block_size: K.
         attention: `sdpa` (dense mask), `flex` (CUDA only), or `auto`: flex where it pays.
+        head_dim: E; flex_attention's kernels need at least `FLEX_MIN_HEAD_DIM`.
     """
-    if choose_attention(attention, anchors_BA, document_ids_BS.shape[1], block_size) == "flex":
+    length = document_ids_BS.shape[1]
+    if choose_attention(attention, anchors_BA, length, block_size, head_dim) == "flex":
         return Visibility(flex=_flex_mask(anchors_BA, document_ids_BS, block_size))
     return Visibility(dense=_dense_mask(anchors_BA, document_ids_BS, block_size))
 
 
 def choose_attention(
-    attention: AttentionKind, anchors_BA: Tensor, context_length: int, block_size: int
+    attention: AttentionKind,
+    anchors_BA: Tensor,
+    context_length: int,
+    block_size: int,
+    head_dim: int = FLEX_MIN_HEAD_DIM,
 ) -> Literal["sdpa", "flex"]:
     """Returns the attention to use; `auto` goes by device and work size."""
     if attention != "auto":
         return attention
     queries = anchors_BA.shape[1] * block_size
     large = queries * (context_length + queries) >= FLEX_MIN_SCORES
-    return "flex" if anchors_BA.is_cuda and large and _flex_works() else "sdpa"
+    fits = anchors_BA.is_cuda and head_dim >= FLEX_MIN_HEAD_DIM
+    return "flex" if fits and large and _flex_works() else "sdpa"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | None) -> Tensor:

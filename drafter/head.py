@@ -179,7 +179,12 @@ def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def score_blocks(
-    head: FrozenHead, hidden_BAKD: Tensor, blocks: Blocks, num_slots: int | None = None
+    head: FrozenHead,
+    hidden_BAKD: Tensor,
+    blocks: Blocks,
+    num_slots: int | None = None,
+    *,
+    fixed_shape: bool = False,
 ) -> BlockScores:
     """Returns the scores of a batch's blocks; slot 0 and invalid slots never reach the head.
 
@@ -188,9 +193,19 @@ def score_blocks(
         hidden_BAKD: (B, A, K, D) drafter states.
         blocks: Of the same B rows and A anchors.
         num_slots: Valid slots, if known on the host: counting them on a GPU would wait for it.
+        fixed_shape: Let the head see invalid slots too, for the same scores: no shape on the way
+            then depends on which slots are valid, as CUDA graphs need it.
     """
     valid_MN = blocks.valid.flatten(0, 1)
     flat_valid = valid_MN.flatten()
+    if fixed_shape:
+        drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
+        scores = score_slots(head, drafted_SD, blocks.labels.flatten())
+        return BlockScores(
+            log_prob=torch.where(flat_valid, scores.log_prob, 0.0).view_as(valid_MN),
+            correct=(scores.correct & flat_valid).view_as(valid_MN),
+            valid=valid_MN,
+        )
     if num_slots is None:
         index_T = flat_valid.nonzero().squeeze(-1)
     else:

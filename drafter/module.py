@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from drafter.errors import UserError
 from drafter.evaluation.loading import load_drafter
 from drafter.evaluation.prediction import Decoding, predict_prompt
 from drafter.evaluation.trajectories import EvalPrompt
+from drafter.graphs import StepGraphs
 from drafter.guard import NonFiniteGuard, OnNonFinite
 from drafter.head import score_blocks
 from drafter.initialise import InitFromTarget, initialise_from_target
@@ -79,6 +81,10 @@ class DrafterModule(LightningModule):
             the batch saved, `skip` goes on and counts.
         attention: `sdpa`, `flex` (CUDA), or `auto` by work size.
         compile_drafter: torch.compile the drafter in place.
+        cuda_graphs: Launch the drafter's and the head's part of a step as one, recorded for each
+            shape of batch (set data.pad_multiple, so that there are few). For small drafters, whose
+            kernels take longer to launch than to run; it takes about a step's memory once more.
+            Without a GPU, and under FSDP2, it changes nothing.
         log_gradient_norms_every: Log each term's gradient norm every so many steps, at the next
             step that is logged (trainer.log_every_n_steps); 0 for never. It costs a backward pass
             per term at those steps, and no forward.
@@ -106,6 +112,7 @@ class DrafterModule(LightningModule):
         on_nonfinite: OnNonFinite = "stop",
         attention: AttentionKind = "auto",
         compile_drafter: bool = False,
+        cuda_graphs: bool = False,
         log_gradient_norms_every: int = 0,
         decoding: Decoding = DEFAULT_DECODING,
     ) -> None:
@@ -135,6 +142,7 @@ class DrafterModule(LightningModule):
                 "on_nonfinite": on_nonfinite,
                 "attention": attention,
                 "compile_drafter": compile_drafter,
+                "cuda_graphs": cuda_graphs,
                 "log_gradient_norms_every": log_gradient_norms_every,
             },
             logger=False,
@@ -146,6 +154,7 @@ class DrafterModule(LightningModule):
         self._target: Target | None = None
         self._predicting: tuple[Drafter] | None = None
         self._batch: DraftBatch | None = None
+        self._graphs: StepGraphs | None = None
         self._guard = NonFiniteGuard(on_nonfinite)
         self._log = WindowLog()
         self._val_log = WindowLog()
@@ -302,14 +311,23 @@ class DrafterModule(LightningModule):
 
     # ------------------------------------------------------------------ steps
 
-    def forward(self, batch: DraftBatch) -> BlockScores:
-        """Returns the scores (M, N) of a batch's blocks: one drafter forward, one scoring."""
+    def forward(self, batch: DraftBatch, fixed_shape: bool = False) -> BlockScores:
+        """Returns the scores (M, N) of a batch's blocks: one drafter forward, one scoring.
+
+        Args:
+            batch: With hidden states.
+            fixed_shape: See `score_blocks`.
+        """
         assert self.drafter is not None
         assert batch.hidden_states is not None
         config = self.drafter.config
         blocks = build_blocks(batch, config.block_size, config.mask_token_id)
         visibility = build_visibility(
-            batch.anchors, batch.document_ids, config.block_size, self.hparams.attention
+            batch.anchors,
+            batch.document_ids,
+            config.block_size,
+            self.hparams.attention,
+            config.head_dim,
         )
         hidden_BAKD = self.drafter(
             batch.hidden_states,
@@ -318,19 +336,24 @@ class DrafterModule(LightningModule):
             blocks.positions,
             visibility,
         )
-        return score_blocks(self.target.head, hidden_BAKD, blocks, batch.num_slots)
+        return score_blocks(
+            self.target.head, hidden_BAKD, blocks, batch.num_slots, fixed_shape=fixed_shape
+        )
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""
         self._settle()
         self._batch = batch
-        scores = self(batch)
-        out = self.loss(scores, self._progress(), batch.window_counts, sum_over_ranks)
         # only what will be written: ten metrics of every step cost as much as a small drafter
         logs = self.trainer._logger_connector.should_update_logs
+        gradients = logs and self._gradients_due()
+        # a recorded backward pass can be done once only
+        graphs = None if gradients else self._graphs
+        scores = self(batch) if graphs is None else graphs(batch)
+        out = self.loss(scores, self._progress(), batch.window_counts, sum_over_ranks)
         if logs:
             self._log.add(out, scores)
-        if logs and self._gradients_due():
+        if gradients:
             self._log.add_gradients(out, [p for p in self.parameters() if p.requires_grad])
         accumulate = self.trainer.accumulate_grad_batches
         last = batch_idx + 1
@@ -448,8 +471,18 @@ class DrafterModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def _make_graphs(self) -> StepGraphs | None:
+        """Returns the recordings of this fit, or None to launch every kernel."""
+        assert self.drafter is not None
+        wanted = self.hparams.cuda_graphs and self.device.type == "cuda"
+        if not wanted or is_sharded(self.drafter):
+            return None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return StepGraphs(partial(self.forward, fixed_shape=True), trained)
+
     def on_train_start(self) -> None:
         """Lets the settings of this run win over those in a resumed optimizer's state."""
+        self._graphs = self._make_graphs()
         for optimizer, config in zip(
             self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True
         ):
@@ -480,6 +513,7 @@ class DrafterModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Looks at the last steps too."""
+        self._graphs = None
         self._settle(everything=True)
 
     def _settle(self, everything: bool = False) -> None:

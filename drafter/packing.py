@@ -35,17 +35,20 @@ class Unpacked(NamedTuple):
         return out
 
 
-def unpack(input_ids: Tensor, document_ids: Tensor) -> Unpacked:
-    """Returns the documents of a batch; waits for the device.
+def unpack(input_ids: Tensor, document_ids: Tensor, packed: bool | None = None) -> Unpacked:
+    """Returns the documents of a batch; unless `packed` is False it waits for the device.
 
     Args:
         input_ids: (B, S) int64.
         document_ids: (B, S) int64; a document's tokens are adjacent; -1 at padding.
+        packed: False if every row is known to be one document from its start; None looks.
     """
     real_BS = document_ids >= 0
-    one_each = (document_ids == torch.where(real_BS, 0, -1)).all()
-    right_padded = (real_BS[:, 1:] <= real_BS[:, :-1]).all()
-    if bool(one_each & right_padded):
+    if packed is None:
+        one_each = (document_ids == torch.where(real_BS, 0, -1)).all()
+        right_padded = (real_BS[:, 1:] <= real_BS[:, :-1]).all()
+        packed = not bool(one_each & right_padded)
+    if not packed:
         return Unpacked(input_ids.masked_fill(~real_BS, 0), real_BS, real_BS)
     starts_BS = real_BS.clone()
     starts_BS[:, 1:] &= document_ids[:, 1:] != document_ids[:, :-1]

@@ -225,6 +225,7 @@ class Target:
         document_ids: Tensor,
         layer_ids: Sequence[int],
         last_hidden: bool = False,
+        packed: bool | None = None,
     ) -> Features:
         """Returns states of tapped layers.
 
@@ -236,9 +237,11 @@ class Target:
             layer_ids: Tapped layers, L.
             last_hidden: Also return what the head reads; without it, layers after the last tap do
                 not run.
+            packed: False if every row is known to be one document from its start; None looks, and
+                waits for the device.
         """
         with frozen(self.device):
-            documents = unpack(input_ids, document_ids)
+            documents = unpack(input_ids, document_ids, packed)
             # right-padded rows of one document each: causal attention keeps padding out of sight
             last, taps = self.run(
                 layer_ids, taps_only=not last_hidden, input_ids=documents.input_ids

@@ -39,7 +39,7 @@ def test_the_host_runs_ahead(tmp_path, keep, attention):
         for _ in range(8):
             ids = torch.randint(8, 200, (40,), generator=generator).tolist()
             file.write(json.dumps({"prompt_ids": ids[:8], "response_ids": ids[8:]}) + "\n")
-    folder = tiny_target_dir(tmp_path, "llama")
+    folder = tiny_target_dir(tmp_path, "llama", head_dim=16)  # flex_attention's least
     datamodule = OnlineHiddenStates(
         target=str(folder),
         train_data=str(rows),

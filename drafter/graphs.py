@@ -1,0 +1,195 @@
+"""CUDA graphs of a training step: drafter, head, and the way back through both.
+
+A step of a small drafter is about a thousand small kernels, and launching them one by one takes a
+host longer than a GPU takes to run them. A CUDA graph is recorded once for a shape of batch and
+then launched whole. What stays outside: the batch, the loss, its reduction over ranks, clipping and
+the optimizer.
+
+Recorded work reads and writes fixed addresses, so a batch is copied in, and what comes out is
+copied before the next one. Graphs share one pool of memory: a step is through with it before the
+next begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from drafter.blocks import DraftBatch
+from losses.scores import BlockScores
+
+Forward = Callable[[DraftBatch], BlockScores]
+
+MOST_GRAPHS = 32
+"""Shapes of batches that are recorded; more are run kernel by kernel. `data.pad_multiple: 64` makes
+about 16 of them out of rows of up to 1,024 tokens."""
+
+
+READ = ("input_ids", "supervised", "document_ids", "positions", "anchors", "hidden_states")
+"""Fields of a batch that scoring reads."""
+
+
+class Recorder(Protocol):
+    """Records what a function does on the device, to be done again."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Returns what does `work` again; whether it was done while it was recorded is open."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs into one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Recorder`; `work` must have run once before (compilers wait for the device)."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread that page-locks batches may go on meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        self._pool = graph.pool()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class StepGraphs:
+    """Runs `forward` and its backward pass from recordings, one for each shape of batch.
+
+    A shape is run kernel by kernel when it is first seen, and recorded at the second sight.
+
+    Args:
+        forward: Scores a batch's blocks; its shapes must depend on the batch's shapes alone.
+        parameters: What it trains; their storage must stay where it is.
+        recorder: None for CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        parameters: list[nn.Parameter],
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._forward = forward
+        self._parameters = parameters
+        self._recorder = recorder or CudaRecorder()
+        self._gradients = [torch.empty_like(p, requires_grad=False) for p in parameters]
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, _Recording] = {}
+
+    def __len__(self) -> int:
+        """Returns how many shapes are recorded."""
+        return len(self._recorded)
+
+    def __call__(self, batch: DraftBatch) -> BlockScores:
+        """Returns a batch's scores; their backward pass gives all parameters a gradient, once."""
+        shape = _shape(batch)
+        recording = self._recorded.get(shape)
+        if recording is None:
+            if shape not in self._seen or len(self._recorded) >= MOST_GRAPHS:
+                self._seen.add(shape)
+                return self._forward(batch)
+            if not self._recorded and batch.anchors.is_cuda:
+                torch.cuda.empty_cache()  # what steps took so far, graphs take again
+            recording = _Recording(
+                self._forward, self._parameters, self._gradients, batch, self._recorder
+            )
+            self._recorded[shape] = recording
+        recording.take(batch)
+        log_prob, correct, valid = _Replay.apply(recording, *self._parameters)
+        return BlockScores(log_prob=log_prob, correct=correct, valid=valid)
+
+
+def _shape(batch: DraftBatch) -> Hashable:
+    states = batch.hidden_states
+    assert states is not None
+    return (states.shape, states.dtype, batch.anchors.shape)
+
+
+class _Recording:
+    """A forward and a backward pass over batches of one shape.
+
+    Args:
+        forward: See `StepGraphs`.
+        parameters: Likewise.
+        gradients: Where their gradients go.
+        batch: One of that shape.
+        recorder: Of both passes.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        parameters: list[nn.Parameter],
+        gradients: list[Tensor],
+        batch: DraftBatch,
+        recorder: Recorder,
+    ) -> None:
+        fixed = {name: getattr(batch, name).clone() for name in READ}
+        self._batch = DraftBatch(**fixed, sample_ids=batch.sample_ids)
+        self.gradients = gradients
+        self.scores: BlockScores
+        self.upstream: Tensor
+
+        def ahead() -> None:
+            # what autocast keeps of weights must be made inside the graph, and not outlive it
+            torch.clear_autocast_cache()
+            with torch.enable_grad():
+                self.scores = forward(self._batch)
+            torch.clear_autocast_cache()
+
+        def back() -> None:
+            found = torch.autograd.grad(self.scores.log_prob, parameters, self.upstream)
+            torch._foreach_copy_(gradients, found)
+
+        _on_a_side_stream(ahead, batch)
+        self.upstream = torch.zeros_like(self.scores.log_prob, requires_grad=False)
+        _on_a_side_stream(back, batch)
+        self.ahead = recorder(ahead)
+        self.back = recorder(back)
+
+    def take(self, batch: DraftBatch) -> None:
+        """Copies a batch to where the recorded kernels read it."""
+        for name in READ:
+            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
+
+
+def _on_a_side_stream(work: Callable[[], None], batch: DraftBatch) -> None:
+    """Does work where graphs are recorded: not on the default stream, whose buffers differ."""
+    if not batch.anchors.is_cuda:
+        work()
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+class _Replay(torch.autograd.Function):
+    """A recording as one operation of autograd; takes the parameters to give them gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recording: _Recording, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        recording.ahead()
+        ctx.recording = recording
+        scores = recording.scores
+        correct, valid = scores.correct.clone(), scores.valid.clone()
+        ctx.mark_non_differentiable(correct, valid)
+        return scores.log_prob.detach().clone(), correct, valid
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+        recording: _Recording = ctx.recording
+        recording.upstream.copy_(upstream)
+        recording.back()
+        # parameters keep their gradients beyond the next replay: copies, in one launch
+        return None, *torch._foreach_mul(recording.gradients, 1.0)
