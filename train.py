@@ -59,10 +59,11 @@ class DrafterCLI(LightningCLI):
         """Resolves `last`; never lets a checkpoint's hyper-parameters win (lightning-traps 1)."""
         config = self.config.get(self.config.get("subcommand") or "")
         if config is None or not config.get("ckpt_path"):
-            if config is not None and self.config.subcommand != "fit":
+            fitting = config is None or self.config.subcommand == "fit"
+            if not fitting and not config.model.init_from:
                 raise UserError(
                     f"{self.config.subcommand} needs a trained drafter: pass --ckpt_path FILE or "
-                    "--ckpt_path last."
+                    "--ckpt_path last, or --model.init_from with a drafter's folder."
                 )
             return
         if config.ckpt_path == "last":

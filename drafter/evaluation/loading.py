@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,9 @@ from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
 from drafter.model import Drafter
 from drafter.target import Target
+
+PROVENANCE = "provenance.json"
+"""Beside an exported drafter: what it was trained for, and how."""
 
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype")
 
@@ -32,6 +36,7 @@ class LoadedDrafter:
         target_dtype: Likewise.
         run_config: The run's config.yaml, if it is there.
         other_block_size: K, where it is not the one that the drafter was trained with.
+        provenance: What lies beside an exported drafter.
     """
 
     name: str
@@ -44,6 +49,7 @@ class LoadedDrafter:
     target_dtype: str = "auto"
     run_config: Path | None = None
     other_block_size: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def drafter_fingerprint(drafter: Drafter) -> str:
@@ -76,6 +82,7 @@ def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
     if where.is_dir() and (where / "config.json").is_file():
         drafter = _read_folder(where)
         loaded = LoadedDrafter(_full(path), drafter, drafter_fingerprint(drafter), str(where))
+        _read_provenance(loaded, where / PROVENANCE)
     elif where.is_file():
         loaded = _read_checkpoint(where, path)
     else:
@@ -109,6 +116,19 @@ def _read_folder(folder: Path) -> Drafter:
         raise UserError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}.")
     drafter.eval()
     return drafter
+
+
+def _read_provenance(loaded: LoadedDrafter, file: Path) -> None:
+    """Takes what an exported drafter's folder says of its target; published ones say nothing."""
+    if not file.is_file():
+        return
+    try:
+        loaded.provenance = json.loads(file.read_text())
+        target = loaded.provenance["target"]
+        loaded.target_path, loaded.target_gguf_file = target["path"], target["gguf_file"]
+        loaded.target_fingerprint, loaded.target_dtype = target["fingerprint"], target["dtype"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} can't be read ({error}); remove it to go without.") from error
 
 
 def _read_checkpoint(file: Path, path: str) -> LoadedDrafter:

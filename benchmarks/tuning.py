@@ -1,0 +1,172 @@
+"""Trains one recipe after another and keeps the accepted length of each epoch on held-out prompts.
+
+python -m benchmarks.tuning run configs/tuning/screening.yaml --output tuning.jsonl --budget 560 \\
+    -- --data.train_data aligned.jsonl.gz
+python -m benchmarks.tuning show tuning.jsonl --plot accepted_length.png
+
+Recipes are the rows of grids (`drafter.evaluation.recipes`). All run in one process, with one
+target and one set of features. A finished recipe is a line of the output at once, and is not run
+again; with a budget, none is begun that would probably not end in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.sharing import shared_between_runs
+from drafter.evaluation.recipes import Row, read_grid
+from drafter.files import write_atomic
+from evaluate import train_row, where_and_when
+
+LENGTH = "val/accepted_length"
+
+
+def scalars(run_dir: Path, name: str) -> list[float]:
+    """Returns a run's logged values, first to last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    if name not in events.Tags()["scalars"]:
+        return []
+    return [event.value for event in events.Scalars(name)]
+
+
+def finished(output: Path) -> list[dict[str, Any]]:
+    """Returns the lines that are there."""
+    return list(map(json.loads, output.read_text().splitlines())) if output.exists() else []
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains what is not there yet."""
+    output, work = Path(options.output), Path(options.work)
+    record = where_and_when(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    begun = time.perf_counter()
+    paces: list[float] = []
+    with shared_between_runs():
+        for path in options.grids:
+            grid = read_grid(path)
+            for row in grid.rows:
+                done = finished(output)
+                family = row.family(options.overrides)
+                if any((one["family"], one["seed"]) == (family, options.seed) for one in done):
+                    continue
+                left = options.budget - (time.perf_counter() - begun)
+                if paces and max(paces) * size(row, options.overrides) > left:
+                    print(f"[{grid.name}: {row.name}] not begun: {left:.0f} s are left", flush=True)
+                    continue
+                line = {"grid": grid.name, "row": row.name, "seed": options.seed, "family": family}
+                line |= train(row, options, work / f"{family}-seed{options.seed}")
+                paces.append(line["seconds"] / size(row, options.overrides))
+                lines = [*done, {**line, **record}]
+                write_atomic(output, "".join(json.dumps(one) + "\n" for one in lines))
+                print(json.dumps(line), flush=True)
+
+
+def size(row: Row, overrides: Sequence[str]) -> float:
+    """Returns what a recipe's time is taken to be proportional to."""
+    settings = row.settings(overrides)
+    rows = settings.get("data.limit_rows") or 14_000
+    epochs = settings.get("trainer.max_epochs") or 1
+    return float(rows * epochs * settings.get("data.num_anchors", 48))
+
+
+def train(row: Row, options: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    """Returns a recipe's flags and what its training gave."""
+    begun = time.perf_counter()
+    train_row(row.arguments(options.seed, options.overrides), run_dir)
+    seconds = time.perf_counter() - begun
+    return {
+        "flags": dict(row.flags),
+        "configs": list(row.configs),
+        "overrides": options.overrides,
+        "lengths": scalars(run_dir, LENGTH),
+        "loss": scalars(run_dir, "train/cross_entropy")[-1:],
+        "seconds": seconds,
+    }
+
+
+def show(options: argparse.Namespace) -> None:
+    """Prints a table of what is there, the longest first; plots accepted length against epochs."""
+    lines = [line for path in options.results for line in finished(Path(path))]
+    lines = [line for line in lines if not options.grid or line["grid"] in options.grid]
+    if not lines:
+        sys.exit("nothing is there")
+    epochs = max(len(line["lengths"]) for line in lines)
+    head = ["recipe", "seed", "best", *map(str, range(epochs)), "seconds"]
+    body = [
+        [
+            line["row"],
+            str(line["seed"]),
+            f"{max(line['lengths']):.3f}",
+            *[f"{length:.3f}" for length in line["lengths"]],
+            *[""] * (epochs - len(line["lengths"])),
+            f"{line['seconds']:.0f}",
+        ]
+        for line in sorted(lines, key=lambda line: -max(line["lengths"]))
+    ]
+    for cells in (head, ["---"] * len(head), *body):
+        print(f"| {' | '.join(cells)} |")
+    if options.plot:
+        plot(lines, Path(options.plot), options.title)
+
+
+def plot(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws accepted length against epochs, a line a recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    colours = plt.get_cmap("viridis", max(2, len(lines)))
+    for place, line in enumerate(sorted(lines, key=lambda line: -line["lengths"][-1])):
+        # the first value is from before training
+        ax.plot(
+            range(len(line["lengths"])),
+            line["lengths"],
+            color=colours(place),
+            marker=".",
+            label=f"{line['row']}: {line['lengths'][-1]:.2f}",
+        )
+    ax.set_xlabel("epochs")
+    ax.set_ylabel("accepted length, held-out prompts")
+    ax.set_title(title)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs a verb."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    running = verbs.add_parser("run", help="train what is not there yet")
+    running.add_argument("grids", nargs="+", help="YAML files")
+    running.add_argument("--output", required=True, help="a line for every finished recipe")
+    running.add_argument("--work", default="runs/tuning", help="run folders")
+    running.add_argument("--seed", type=int, default=0)
+    running.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    showing = verbs.add_parser("show", help="a table and a plot")
+    showing.add_argument("results", nargs="+", help="outputs of `run`")
+    showing.add_argument("--grid", action="append", default=[], help="only this grid's recipes")
+    showing.add_argument("--plot", help="PNG to write")
+    showing.add_argument("--title", default="")
+    words = sys.argv[1:] if args is None else args
+    cut = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:cut])
+    options.overrides = words[cut + 1 :]
+    {"run": run, "show": show}[options.verb](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Writes a trained drafter as others load it: `python -m drafter.export runs/smollm2 --output DIR`.
+
+The folder has the z-lab layout (method.md, last section): `config.json` and one `model.safetensors`
+without embedding and head. A card and the drafter's provenance lie beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafter.errors import UserError, one_sentence_errors
+from drafter.evaluation.loading import PROVENANCE, LoadedDrafter, load_drafter
+from drafter.evaluation.markdown import markdown
+from drafter.evaluation.recipes import flat, read_yaml
+from drafter.evaluation.results import read_result
+from drafter.files import file_stamp, write_atomic
+
+DTYPES = ("bfloat16", "float16", "float32")
+SHOWN = (
+    "trainer.max_epochs",
+    "trainer.precision",
+    "model.num_layers",
+    "model.block_size",
+    "model.init_from_target",
+    "model.learning_rate",
+    "model.weight_decay",
+    "model.max_grad_norm",
+    "model.loss.gamma",
+    "model.loss.alpha_focal",
+    "model.loss.alpha_chain",
+    "data.batch_size",
+    "data.num_anchors",
+    "data.max_length",
+    "data.limit_rows",
+    "data.val_rows",
+    "seed_everything",
+)
+"""Settings of a recipe that its card lists; config.yaml has all."""
+
+
+def export(
+    loaded: LoadedDrafter,
+    output: Path,
+    dtype: str = "bfloat16",
+    title: str | None = None,
+    note: str = "",
+    result: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a drafter's folder; what is there is replaced only once the new one is whole.
+
+    Args:
+        loaded: The drafter. Of a run, its recipe and provenance go along.
+        output: The folder.
+        dtype: Of the weights in the file, and in config.json.
+        title: Of the card; the folder's name by default.
+        note: Further paragraphs of the card: data, licence.
+        result: Of `evaluate.py report`, for the card.
+
+    Raises:
+        UserError: The dtype is unknown, the folder holds something else, or the weights are not
+            finite in that dtype.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    if output.exists() and not (output / "config.json").is_file():
+        raise UserError(f"{output} is there and holds no drafter; choose another folder.")
+    drafter = loaded.drafter.to(getattr(torch, dtype))
+    bad = [name for name, tensor in drafter.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{loaded.name}: {', '.join(bad)} is not finite in {dtype}.")
+    aside = output.with_name(f".{output.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    drafter.config.dtype = getattr(torch, dtype)
+    drafter.save_pretrained(aside, max_shard_size="1TB")
+    provenance = provenance_of(loaded)
+    write_atomic(aside / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
+    if loaded.run_config is not None:
+        shutil.copyfile(loaded.run_config, aside / "config.yaml")
+    card = model_card(title or output.name, drafter.config.to_dict(), provenance, note, result)
+    write_atomic(aside / "README.md", card)
+    if output.exists():
+        shutil.rmtree(output)
+    aside.rename(output)
+
+
+def provenance_of(loaded: LoadedDrafter) -> dict[str, Any]:
+    """Returns where a drafter comes from: its target, its run's provenance and its recipe."""
+    run: dict[str, Any] = {}
+    if loaded.run_config is not None:
+        folder = loaded.run_config.parent
+        files = sorted(folder.glob("provenance*.json"), key=lambda file: file.stat().st_mtime)
+        run = {"runs": [json.loads(file.read_text()) for file in files]}
+        run["settings"] = flat(read_yaml(loaded.run_config))
+        data = run["settings"].get("data.train_data")
+        if isinstance(data, str) and Path(data).is_file():
+            run["train_data_stamp"] = file_stamp(data)
+    elif loaded.provenance:
+        return dict(loaded.provenance)
+    return {
+        "target": {
+            "path": loaded.target_path,
+            "gguf_file": loaded.target_gguf_file,
+            "fingerprint": loaded.target_fingerprint,
+            "dtype": loaded.target_dtype,
+        },
+        "exported": time.strftime("%Y-%m-%d"),
+        "checkpoint": loaded.path,
+        "fingerprint_before_rounding": loaded.fingerprint,
+        **run,
+    }
+
+
+def model_card(
+    title: str,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    note: str = "",
+    result: Mapping[str, Any] | None = None,
+) -> str:
+    """Returns a drafter's card in Markdown."""
+    target = provenance["target"]
+    settings = provenance.get("settings", {})
+    dflash = config["dflash_config"]
+    lines = [
+        f"# {title}",
+        "",
+        "A block-diffusion drafter for speculative decoding, trained with l2r-drafter. It proposes "
+        f"{config['block_size'] - 1} tokens after every token that its target accepts; the text "
+        "stays the target's own.",
+        "",
+        f"- target: {target['path']} (fingerprint {target['fingerprint']})",
+        f"- {config['num_hidden_layers']} layers, width {config['hidden_size']}, K = "
+        f"{config['block_size']}; reads target layers "
+        f"{', '.join(map(str, dflash['target_layer_ids']))}; mask token {dflash['mask_token_id']}",
+        f"- weights in {config['dtype']}, in the z-lab layout: no embedding, no head",
+        "",
+    ]
+    if settings:
+        shown = [f"| `{name}` | {settings[name]} |" for name in SHOWN if name in settings]
+        lines += ["## Recipe", "", "| setting | value |", "| --- | --- |", *shown, ""]
+    for run in provenance.get("runs", [])[-1:]:
+        lines += [
+            f"Trained {run['started'][:10]} on {run['device']}, commit {run['git_commit']}.",
+            "",
+        ]
+    if note:
+        lines += [note.rstrip(), ""]
+    if result is not None:
+        lines += ["## Accepted length", "", markdown(result).rstrip(), ""]
+        where = [result[key] for key in ("device_name", "date", "revision") if result.get(key)]
+        lines += [f"`{result.get('command', 'evaluate.py report')}` ({', '.join(where)})", ""]
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Exports; prints a user's mistake as one sentence and exits with code 2."""
+    parser = argparse.ArgumentParser(prog="python -m drafter.export", description=__doc__)
+    parser.add_argument("drafter", help="a run, a checkpoint or a drafter's folder")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--title", help="of the card")
+    parser.add_argument("--note", help="Markdown file whose text the card contains")
+    parser.add_argument("--results", help="JSON file of `evaluate.py report`, for the card")
+    options = parser.parse_args(args)
+    with one_sentence_errors():
+        export(
+            load_drafter(options.drafter),
+            Path(options.output),
+            options.dtype,
+            options.title,
+            Path(options.note).read_text() if options.note else "",
+            read_result(Path(options.results)) if options.results else None,
+        )
+        print(f"{options.output}: {options.dtype}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
