@@ -157,6 +157,8 @@ def write_shard(
 ) -> None:
     """Writes rows and their features: aside, flushed, renamed.
 
+    The caller holds the shard's lock, if several processes may write it.
+
     Args:
         path: Of the shard.
         rows: R of them.
@@ -178,6 +180,8 @@ def write_shard(
     if last_hidden is not None:
         tensors["last_hidden"] = torch.cat(list(last_hidden))
         tensors["last_offsets"] = _offsets(map(len, last_hidden))
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        left.unlink(missing_ok=True)  # of a process that was killed: this one holds the lock
     replace_atomic(path, lambda aside: save_file(tensors, aside))
 
 
