@@ -245,7 +245,14 @@ def test_a_budget_may_be_said_to_differ(tmp_path):
     assert read_grid(path).rows[0].flags == {"trainer.max_epochs": 9}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablation").glob("*.yaml")))
+GRIDS = [
+    path
+    for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+    if "rows" in yaml.safe_load(path.read_text())
+]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_row_of_the_shipped_grids_parses(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     grid = read_grid(path)
@@ -259,5 +266,7 @@ def test_every_row_of_the_shipped_grids_parses(path, monkeypatch, capsys):
         parsed = yaml.safe_load(capsys.readouterr().out)
         assert parsed["seed_everything"] == 7
         for key, value in row.flags.items():
-            group, name = key.split(".")
-            assert parsed[group][name] == value
+            found = parsed
+            for part in key.split("."):
+                found = found[part]
+            assert found == value
