@@ -69,16 +69,16 @@ def regenerate(
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not partial.exists():
-        if not _sidecar(output).exists():
+        if not settings_path(output).exists():
             raise UserError(
-                f"{output} exists and was not written by this command ({_sidecar(output).name} is "
-                "missing): choose another --output."
+                f"{output} exists and was not written by this command "
+                f"({settings_path(output).name} is missing): choose another --output."
             )
         _check_settings(output, settings)
         _check_prompts(output, prompts)
         if {_key(line) for line in _read(output)} >= {(p.set_name, p.prompt_id) for p in prompts}:
             return 0
-        partial.write_bytes(_packed(_read(output), ".jsonl"))  # the prompts have grown
+        partial.write_bytes(packed(_read(output), ".jsonl"))  # the prompts have grown
     _check_settings(output, settings)
     _drop_torn_line(partial)
     _check_prompts(partial, prompts)
@@ -88,7 +88,7 @@ def regenerate(
     order = {(p.set_name, p.prompt_id): i for i, p in enumerate(prompts)}
     lines = [line for line in _read(partial) if _key(line) in order]
     lines.sort(key=lambda line: order[_key(line)])
-    write_atomic(output, _packed(lines, output.suffix))
+    write_atomic(output, packed(lines, output.suffix))
     partial.unlink()
     return len(waiting)
 
@@ -140,7 +140,7 @@ def _append(
 
 def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     """Compares with the settings that the output was begun with, or records them."""
-    sidecar = _sidecar(output)
+    sidecar = settings_path(output)
     if not sidecar.exists():
         write_atomic(sidecar, (json.dumps(settings, indent=2) + "\n").encode())
         return
@@ -153,7 +153,8 @@ def _check_settings(output: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _sidecar(output: Path) -> Path:
+def settings_path(output: Path) -> Path:
+    """Returns where the settings lie that a file of responses was made with."""
     return output.with_name(output.name + ".settings.json")
 
 
@@ -202,7 +203,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content.splitlines()]
 
 
-def _packed(lines: Sequence[dict[str, Any]], suffix: str) -> bytes:
+def packed(lines: Sequence[dict[str, Any]], suffix: str) -> bytes:
+    """Returns lines of JSON, gzipped if the suffix is .gz."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     return gzip.compress(text, mtime=0) if suffix == ".gz" else text
 
