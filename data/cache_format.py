@@ -293,6 +293,11 @@ class CachedRows(Sequence[TokenRow]):
             shard.file.get_slice("supervised")[span].numpy(),
         )
 
+    def tokens(self, index: int) -> int:
+        """Returns a row's length."""
+        shard, row = self._find(index)
+        return int(shard.tokens[row + 1] - shard.tokens[row])
+
     def hidden_states(self, index: int) -> Tensor:
         """Returns a row's features (kept positions, L*D), in the cache's dtype."""
         shard, row = self._find(index)

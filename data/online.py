@@ -373,6 +373,7 @@ class OnlineHiddenStates(LightningDataModule):
             rank=rank,
             world_size=world_size,
             block=self.shuffle_block,
+            tokens=rows.tokens if training else None,
         )
         return DraftLoader(
             dataset,

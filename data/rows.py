@@ -161,6 +161,12 @@ class RowSet(Sequence[TokenRow]):
         """Yields the rows in the source's order."""
         return iter(self.rows)
 
+    def tokens(self, index: int) -> int:
+        """Returns a row's length; rows on disk are not read for it."""
+        if hasattr(self.rows, "tokens"):
+            return int(self.rows.tokens(index))
+        return len(self.rows[index].input_ids)
+
 
 class RowTokenizer:
     """Turns source rows into token rows, counting in a report what it leaves out.

@@ -31,8 +31,10 @@ class Item(NamedTuple):
 
 
 class EpochBatches(Sampler[list[Item]]):
-    """Batches of one rank. Rank r takes rows r, r + world_size, ... of each global batch.
+    """Batches of one rank: its share of each global batch, which is dealt out by length.
 
+    A step lasts as long as on the rank with the longest row, so the ranks' longest rows should be
+    alike: the longest are dealt first, one to each rank, by turns to another rank first.
     The last global batch may be smaller; it is spread over the ranks, and a rank that gets none of
     it gets a filler row without anchors. So a global batch holds the same rows for any world size.
 
@@ -45,6 +47,7 @@ class EpochBatches(Sampler[list[Item]]):
         world_size: Processes.
         block: Rows that stay near each other, for reading from disk: blocks of so many are
             shuffled, then rows within each `BLOCKS_MIXED` blocks; 0 shuffles all rows.
+        tokens: Gives a row's length; None deals rows in the order that they come.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class EpochBatches(Sampler[list[Item]]):
         rank: int = 0,
         world_size: int = 1,
         block: int = 0,
+        tokens: Callable[[int], int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -67,6 +71,7 @@ class EpochBatches(Sampler[list[Item]]):
         self.rank = rank
         self.world_size = world_size
         self.block = block
+        self.tokens = tokens
         self.epoch = 0
         self.start = 0
 
@@ -87,9 +92,17 @@ class EpochBatches(Sampler[list[Item]]):
         step = self.batch_size * self.world_size
         for batch in range(self.start, len(self)):
             rows = order[batch * step : (batch + 1) * step]
-            own = rows[self.rank :: self.world_size]
+            own = self._share(rows, epoch + batch)
             filler = [Item(int(rows[0]), epoch, scored=False)]
             yield [Item(int(row), epoch, scored=True) for row in own] or filler
+
+    def _share(self, rows: np.ndarray, turn: int) -> np.ndarray:
+        """Returns this rank's rows of a global batch; `turn` decides who is dealt to first."""
+        if self.tokens is None or self.world_size == 1:
+            return rows[self.rank :: self.world_size]
+        lengths = np.array([self.tokens(int(row)) for row in rows])
+        by_length = rows[np.argsort(-lengths, kind="stable")]
+        return by_length[(self.rank - turn) % self.world_size :: self.world_size]
 
 
 BLOCKS_MIXED = 8

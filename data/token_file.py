@@ -139,12 +139,7 @@ class TokenFile(Sequence[TokenRow]):
         """Returns a row, or a list of rows for a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(index)
-        chunk = bisect_right(self._ends, place)
-        file, offsets, sample_ids = self._open(chunk)
-        row = place - (self._ends[chunk - 1] if chunk else 0)
+        (file, offsets, sample_ids), row = self._find(index)
         span = slice(int(offsets[row]), int(offsets[row + 1]))
         return TokenRow(
             int(sample_ids[row]),
@@ -152,9 +147,22 @@ class TokenFile(Sequence[TokenRow]):
             file.get_slice("supervised")[span],
         )
 
+    def tokens(self, index: int) -> int:
+        """Returns a row's length."""
+        (_, offsets, _), row = self._find(index)
+        return int(offsets[row + 1] - offsets[row])
+
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the open files behind: each worker opens its own."""
         return {**self.__dict__, "_opened": {}}
+
+    def _find(self, index: int) -> tuple[tuple[Any, np.ndarray, np.ndarray], int]:
+        """Returns the open chunk that a row is in, and the row's place there."""
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(index)
+        chunk = bisect_right(self._ends, place)
+        return self._open(chunk), place - (self._ends[chunk - 1] if chunk else 0)
 
     def _open(self, chunk: int) -> tuple[Any, np.ndarray, np.ndarray]:
         if chunk not in self._opened:

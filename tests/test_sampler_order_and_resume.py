@@ -61,6 +61,38 @@ def test_a_global_batch_holds_the_same_rows_for_any_world_size():
     assert rows_of_step(1, 1) == rows_of_step(2, 1) == rows_of_step(3, 1)
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_a_global_batch_so_that_their_longest_rows_are_alike(world):
+    lengths = np.random.default_rng(0).integers(1, 1000, 97)
+
+    def step(rank, dealt, epoch):
+        sampler = EpochBatches(
+            97,
+            4,
+            seed=1,
+            rank=rank,
+            world_size=world,
+            tokens=lambda row: int(lengths[row]) if dealt else 1,
+        )
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    firsts = set()
+    for epoch in range(4):
+        dealt, plain = ([step(rank, how, epoch) for rank in range(world)] for how in (True, False))
+        for ours, theirs in zip(zip(*dealt, strict=True), zip(*plain, strict=True), strict=True):
+            rows = [[item.row for item in batch if item.scored] for batch in ours]
+            everyone = sorted(row for own in rows for row in own)
+            assert everyone == sorted(i.row for b in theirs for i in b if i.scored)
+            assert max(map(len, rows)) - min(map(len, rows)) <= 1
+            if len(everyone) < 4 * world:
+                continue  # the epoch's last
+            ranked = sorted(lengths[everyone])[::-1]
+            assert sorted(max(lengths[own]) for own in rows) == sorted(ranked[:world])
+            firsts |= {rank for rank, own in enumerate(rows) if max(lengths[own]) == ranked[0]}
+    assert firsts == set(range(world))  # the longest is not always the same rank's
+
+
 def test_a_rank_without_rows_gets_a_filler_that_scores_nothing():
     rows = make_rows(5)
     loader = make_loader(rank=1, world=2, batch_size=2, rows=rows)
