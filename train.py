@@ -65,6 +65,12 @@ class DrafterCLI(LightningCLI):
                     f"{self.config.subcommand} needs a trained drafter: pass --ckpt_path FILE or "
                     "--ckpt_path last, or --model.init_from with a drafter's folder."
                 )
+            last = Path(_checkpoint_dir(config.run_dir)) / "last.ckpt" if not fitting else None
+            if last is not None and last.is_file():
+                raise UserError(
+                    f"{config.run_dir} has a drafter of its own, which --model.init_from is not: "
+                    "pass --ckpt_path last for it, or another --run_dir."
+                )
             return
         if config.ckpt_path == "last":
             self._continuing = True
@@ -91,6 +97,7 @@ class DrafterCLI(LightningCLI):
             if isinstance(error, UserError) or not _raised_in(error, "losses"):
                 raise
             raise UserError(str(error).strip()) from error
+        self.model.continues = self._get(self.config, "ckpt_path")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Gives the trainer its logger, and callbacks that open and close the run's folder."""

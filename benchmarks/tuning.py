@@ -12,7 +12,10 @@ again; with a budget, none is begun that would probably not end in time.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 
 from data.sharing import shared_between_runs
+from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.recipes import Row, read_grid
 from drafter.files import write_atomic
 from evaluate import train_row, where_and_when
@@ -40,48 +44,64 @@ def scalars(run_dir: Path, name: str) -> list[float]:
     return [event.value for event in events.Scalars(name)]
 
 
-def finished(output: Path) -> list[dict[str, Any]]:
+def read(output: Path) -> list[dict[str, Any]]:
     """Returns the lines that are there."""
     return list(map(json.loads, output.read_text().splitlines())) if output.exists() else []
 
 
-def run(options: argparse.Namespace) -> None:
-    """Trains what is not there yet."""
+def run(options: argparse.Namespace) -> list[str]:
+    """Trains what is not there yet; returns the recipes that failed."""
     output, work = Path(options.output), Path(options.work)
     record = where_and_when(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    grids = [read_grid(path) for path in options.grids]
+    recipes = [(grid.name, row) for grid in grids for row in grid.rows]
     begun = time.perf_counter()
     paces: list[float] = []
+    failed: list[str] = []
     with shared_between_runs():
-        for path in options.grids:
-            grid = read_grid(path)
-            for row in grid.rows:
-                done = finished(output)
-                family = row.family(options.overrides)
-                if any((one["family"], one["seed"]) == (family, options.seed) for one in done):
-                    continue
-                left = options.budget - (time.perf_counter() - begun)
-                # the first one also loads the target and makes the features
-                if paces and 1.3 * min(paces) * size(row, options.overrides) > left:
-                    print(f"[{grid.name}: {row.name}] not begun: {left:.0f} s are left", flush=True)
-                    continue
-                line = {"grid": grid.name, "row": row.name, "seed": options.seed, "family": family}
+        for grid, row in recipes:
+            title, family = f"{grid}: {row.name}", row.family(options.overrides)
+            if any((one["family"], one["seed"]) == (family, options.seed) for one in read(output)):
+                continue
+            work_units = size(row, options.overrides)
+            left = options.budget - (time.perf_counter() - begun)
+            # the first one also loads the target and makes the features
+            if left <= 0 or (paces and 1.3 * min(paces) * work_units > left):
+                print(f"[{title}] not begun: {left:.0f} s are left", flush=True)
+                continue
+            line = {"grid": grid, "row": row.name, "seed": options.seed, "family": family}
+            try:
                 line |= train(row, options, work / f"{family}-seed{options.seed}")
-                paces.append(line["seconds"] / size(row, options.overrides))
-                lines = [*done, {**line, **record}]
-                write_atomic(output, "".join(json.dumps(one) + "\n" for one in lines))
-                print(json.dumps(line), flush=True)
+            except SystemExit as stop:  # a setting that does not go, or no memory for it
+                if stop.code != 2:
+                    raise
+                failed.append(title)
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            if not line["resumed"]:
+                paces.append(line["seconds"] / work_units)
+            lines = [*read(output), {**line, **record}]
+            write_atomic(output, "".join(json.dumps(one) + "\n" for one in lines))
+            print(json.dumps(line), flush=True)
+    return failed
 
 
 def size(row: Row, overrides: Sequence[str]) -> float:
     """Returns what a recipe's time is taken to be proportional to."""
     settings = row.settings(overrides)
     rows = settings.get("data.limit_rows") or 14_000
-    epochs = settings.get("trainer.max_epochs") or 1
-    return float(rows * epochs * settings.get("data.num_anchors", 48))
+    steps = settings.get("trainer.max_steps") or -1
+    epochs = max(1, settings.get("trainer.max_epochs") or 1)
+    seen = rows * epochs if steps < 1 else steps * settings.get("data.batch_size", 16)
+    return float(seen * settings.get("data.num_anchors", 48))
 
 
 def train(row: Row, options: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
     """Returns a recipe's flags and what its training gave."""
+    resumed = (run_dir / "checkpoints" / "last.ckpt").exists()
+    if run_dir.exists() and not resumed:
+        shutil.rmtree(run_dir)  # stopped before it had anything to go on from but its curves
     begun = time.perf_counter()
     train_row(row.arguments(options.seed, options.overrides), run_dir)
     seconds = time.perf_counter() - begun
@@ -91,37 +111,45 @@ def train(row: Row, options: argparse.Namespace, run_dir: Path) -> dict[str, Any
         "overrides": options.overrides,
         "lengths": scalars(run_dir, LENGTH),
         "loss": scalars(run_dir, "train/cross_entropy")[-1:],
-        "seconds": seconds,
+        "seconds": seconds,  # of the last piece
+        "resumed": resumed,
     }
 
 
-def show(options: argparse.Namespace) -> None:
+def best(line: dict[str, Any]) -> float:
+    """Returns a recipe's longest accepted length; nan if none was measured."""
+    return max(line["lengths"], default=math.nan)
+
+
+def show(options: argparse.Namespace) -> list[str]:
     """Prints a table of what is there, the longest first; plots accepted length against epochs."""
-    lines = [line for path in options.results for line in finished(Path(path))]
+    lines = [line for path in options.results for line in read(Path(path))]
     lines = [line for line in lines if not options.grid or line["grid"] in options.grid]
     if not lines:
-        sys.exit("nothing is there")
+        raise UserError(f"{', '.join(options.results)}: no recipe is there.")
     epochs = max(len(line["lengths"]) for line in lines)
     head = ["recipe", "seed", "best", *map(str, range(epochs)), "seconds"]
     body = [
         [
             line["row"],
             str(line["seed"]),
-            f"{max(line['lengths']):.3f}",
+            f"{best(line):.3f}",
             *[f"{length:.3f}" for length in line["lengths"]],
             *[""] * (epochs - len(line["lengths"])),
             f"{line['seconds']:.0f}",
         ]
-        for line in sorted(lines, key=lambda line: -max(line["lengths"]))
+        for line in sorted(lines, key=lambda line: -max([0.0, *line["lengths"]]))
     ]
     for cells in (head, ["---"] * len(head), *body):
         print(f"| {' | '.join(cells)} |")
     if options.plot:
         plot(lines, Path(options.plot), options.title)
+    return []
 
 
 def plot(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draws accepted length against epochs, a line a recipe."""
+    lines = [line for line in lines if line["lengths"]]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,7 +195,10 @@ def main(args: list[str] | None = None) -> None:
     cut = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:cut])
     options.overrides = words[cut + 1 :]
-    {"run": run, "show": show}[options.verb](options)
+    with one_sentence_errors():
+        failed = {"run": run, "show": show}[options.verb](options)
+        if failed:
+            raise UserError(f"failed, for reasons given above: {'; '.join(failed)}.")
 
 
 if __name__ == "__main__":

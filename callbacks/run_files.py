@@ -64,8 +64,8 @@ class Provenance(Callback):
         self.run_dir = Path(run_dir)
 
     @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the file, under a new name on resume."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the file, under a new name on resume; a checkpoint's step is known only here."""
         if trainer.fast_dev_run:
             return
         target = getattr(getattr(trainer, "datamodule", None), "target", None)

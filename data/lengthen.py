@@ -11,6 +11,7 @@ A killed run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,8 +49,12 @@ def lengthen(
 
     Raises:
         UserError: The responses are sampled, another target's, or no rows of this kind; the output
-            is there already and was made otherwise.
+            is no .jsonl file, or there already and made otherwise; the limit is not positive.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if not output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{output}: responses are written as .jsonl or .jsonl.gz.")
     settings = {
         "target": target.fingerprint,
         "dtype": str(target.dtype),
@@ -58,12 +63,12 @@ def lengthen(
     }
     _check_made_by(target, responses)
     if output.exists():
-        there = settings_path(output)
-        if not there.exists() or json.loads(there.read_text()) != settings:
+        if _settings_of(output) != settings:
             raise UserError(
                 f"{output} exists and was not made of {responses} in this way: choose another "
                 "--output."
             )
+        _clear(output)
         return 0, 0
     rows = _rows(responses)
     limits = {
@@ -73,11 +78,13 @@ def lengthen(
         and len(row["response_ids"]) < max_new_tokens
     }
     waiting = {i: n for i, n in limits.items() if n > len(rows[i]["response_ids"])}
+    # what an interrupted run has written counts only if all was as it is now
+    made_by = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     # those with the same room together: the target generates to one limit
     for room in sorted({n - len(rows[i]["response_ids"]) for i, n in waiting.items()}):
         own = [i for i, n in waiting.items() if n - len(rows[i]["response_ids"]) == room]
         prompts = [Prompt("more", i, rows[i]["prompt_ids"] + rows[i]["response_ids"]) for i in own]
-        part = output.with_name(f".{output.name}.more-{room}.jsonl")
+        part = output.with_name(f".{output.name}.more-{made_by}-{room}.jsonl")
         regenerate(
             target,
             prompts,
@@ -90,9 +97,30 @@ def lengthen(
             _extend(rows[line["id"]], line, target)
     write_atomic(settings_path(output), json.dumps(settings, indent=2) + "\n")
     write_atomic(output, packed(rows, output.suffix))
+    _clear(output)
+    return len(waiting), len(limits) - len(waiting)
+
+
+def _clear(output: Path) -> None:
     for left in output.parent.glob(f".{output.name}.more-*"):
         left.unlink()
-    return len(waiting), len(limits) - len(waiting)
+
+
+def _settings_of(path: Path) -> dict[str, Any] | None:
+    """Returns what lies beside a file of responses, or None.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    beside = settings_path(path)
+    if not beside.exists():
+        return None
+    try:
+        settings: dict[str, Any] = json.loads(beside.read_text())
+        _ = settings["target"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{beside} can't be read as settings of responses ({error}).") from error
+    return settings
 
 
 def _extend(row: dict[str, Any], line: dict[str, Any], target: Target) -> None:
@@ -115,10 +143,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _check_made_by(target: Target, responses: Path) -> None:
     """Compares with what `data.regenerate` wrote beside the responses, if it made them."""
-    beside = settings_path(responses)
-    if not beside.exists():
+    made = _settings_of(responses)
+    if made is None:
         return
-    made = json.loads(beside.read_text())
     if made.get("temperature", 0.0) > 0:
         raise UserError(f"{responses} holds sampled responses; only greedy ones can be continued.")
     if made["target"] != target.fingerprint:

@@ -17,12 +17,19 @@ from typing import Any
 import torch
 
 from drafter.errors import UserError, one_sentence_errors
-from drafter.evaluation.loading import PROVENANCE, LoadedDrafter, load_drafter
+from drafter.evaluation.loading import (
+    PROVENANCE,
+    LoadedDrafter,
+    drafter_fingerprint,
+    in_order,
+    load_drafter,
+)
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.recipes import flat, read_yaml
 from drafter.evaluation.results import read_result
 from drafter.files import file_stamp, write_atomic
 
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
 DTYPES = ("bfloat16", "float16", "float32")
 SHOWN = (
     "trainer.max_epochs",
@@ -65,46 +72,72 @@ def export(
         result: Of `evaluate.py report`, for the card.
 
     Raises:
-        UserError: The dtype is unknown, the folder holds something else, or the weights are not
-            finite in that dtype.
+        UserError: The dtype is unknown, the folder holds something else, the weights are not finite
+            in that dtype, or the result is another drafter's.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    if output.exists() and not (output / "config.json").is_file():
-        raise UserError(f"{output} is there and holds no drafter; choose another folder.")
+    output = output.resolve()
+    _check_replaceable(output)
     drafter = loaded.drafter.to(getattr(torch, dtype))
     bad = [name for name, tensor in drafter.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise UserError(f"{loaded.name}: {', '.join(bad)} is not finite in {dtype}.")
+    if result is not None:
+        result = _only_of(result, {loaded.fingerprint, drafter_fingerprint(drafter)}, loaded.name)
+    provenance = provenance_of(loaded)
     aside = output.with_name(f".{output.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    drafter.config.dtype = getattr(torch, dtype)
-    drafter.save_pretrained(aside, max_shard_size="1TB")
-    provenance = provenance_of(loaded)
-    write_atomic(aside / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
-    if loaded.run_config is not None:
-        shutil.copyfile(loaded.run_config, aside / "config.yaml")
-    card = model_card(title or output.name, drafter.config.to_dict(), provenance, note, result)
-    write_atomic(aside / "README.md", card)
-    if output.exists():
-        shutil.rmtree(output)
-    aside.rename(output)
+    try:
+        drafter.config.dtype = getattr(torch, dtype)
+        drafter.save_pretrained(aside, max_shard_size="1TB")
+        (aside / WEIGHTS).chmod(0o644)  # safetensors makes it private
+        write_atomic(aside / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
+        if loaded.run_config is not None:
+            shutil.copyfile(loaded.run_config, aside / CONFIG)
+        card = model_card(title or output.name, drafter.config.to_dict(), provenance, note, result)
+        write_atomic(aside / CARD, card)
+        if output.exists():
+            shutil.rmtree(output)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raises UserError unless a folder is new, empty, or an export of ours and nothing else."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output} is a file; give a folder.")
+    names = {file.name for file in output.iterdir()}
+    others = sorted(names - {"config.json", WEIGHTS, PROVENANCE, CONFIG, CARD})
+    if others or (names and PROVENANCE not in names):
+        held = f" beside others {others[0]}" if others else ""
+        raise UserError(f"{output} holds{held} what no export has written; choose another folder.")
+
+
+def _only_of(result: Mapping[str, Any], fingerprints: set[str], name: str) -> dict[str, Any]:
+    """Returns a result with the drafter's own figures only."""
+    own = [one for one in result["drafters"] if one.get("fingerprint") in fingerprints]
+    if not own:
+        raise UserError(f"the results are of other drafters than {name}; measure it first.")
+    return {**result, "drafters": own, "comparisons": []}
 
 
 def provenance_of(loaded: LoadedDrafter) -> dict[str, Any]:
     """Returns where a drafter comes from: its target, its run's provenance and its recipe."""
+    if loaded.provenance:
+        return dict(loaded.provenance)
     run: dict[str, Any] = {}
     if loaded.run_config is not None:
-        folder = loaded.run_config.parent
-        files = sorted(folder.glob("provenance*.json"), key=lambda file: file.stat().st_mtime)
+        files = in_order(loaded.run_config.parent, "provenance", ".json")
         run = {"runs": [json.loads(file.read_text()) for file in files]}
         run["settings"] = flat(read_yaml(loaded.run_config))
         data = run["settings"].get("data.train_data")
         if isinstance(data, str) and Path(data).is_file():
             run["train_data_stamp"] = file_stamp(data)
-    elif loaded.provenance:
-        return dict(loaded.provenance)
     return {
         "target": {
             "path": loaded.target_path,
@@ -128,6 +161,7 @@ def model_card(
 ) -> str:
     """Returns a drafter's card in Markdown."""
     target = provenance["target"]
+    known = target["path"] is not None
     settings = provenance.get("settings", {})
     dflash = config["dflash_config"]
     lines = [
@@ -137,7 +171,7 @@ def model_card(
         f"{config['block_size'] - 1} tokens after every token that its target accepts; the text "
         "stays the target's own.",
         "",
-        f"- target: {target['path']} (fingerprint {target['fingerprint']})",
+        *([f"- target: {target['path']} (fingerprint {target['fingerprint']})"] * known),
         f"- {config['num_hidden_layers']} layers, width {config['hidden_size']}, K = "
         f"{config['block_size']}; reads target layers "
         f"{', '.join(map(str, dflash['target_layer_ids']))}; mask token {dflash['mask_token_id']}",
@@ -148,10 +182,8 @@ def model_card(
         shown = [f"| `{name}` | {settings[name]} |" for name in SHOWN if name in settings]
         lines += ["## Recipe", "", "| setting | value |", "| --- | --- |", *shown, ""]
     for run in provenance.get("runs", [])[-1:]:
-        lines += [
-            f"Trained {run['started'][:10]} on {run['device']}, commit {run['git_commit']}.",
-            "",
-        ]
+        began, where, commit = (run.get(key) for key in ("started", "device", "git_commit"))
+        lines += [f"Trained {str(began)[:10]} on {where}, commit {commit}.", ""]
     if note:
         lines += [note.rstrip(), ""]
     if result is not None:
@@ -172,6 +204,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--results", help="JSON file of `evaluate.py report`, for the card")
     options = parser.parse_args(args)
     with one_sentence_errors():
+        if options.note and not Path(options.note).is_file():
+            raise UserError(f"--note {options.note}: there is no such file.")
         export(
             load_drafter(options.drafter),
             Path(options.output),

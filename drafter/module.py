@@ -21,7 +21,7 @@ from drafter.attention import AttentionKind, build_visibility
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
-from drafter.evaluation.loading import load_drafter
+from drafter.evaluation.loading import check_fits, load_drafter
 from drafter.evaluation.prediction import Decoding, predict_prompt
 from drafter.evaluation.trajectories import EvalPrompt
 from drafter.graphs import StepGraphs
@@ -149,6 +149,8 @@ class DrafterModule(LightningModule):
         )
         self.schedule_origin = (0, 0)
         """(step, epoch) since which epochs have had this run's number of steps."""
+        self.continues: str | None = None
+        """A checkpoint about to be loaded: it has what `init_from` gave, which may be gone."""
         self.decoding = decoding
         self.drafter: Drafter | None = None
         self._target: Target | None = None
@@ -199,7 +201,7 @@ class DrafterModule(LightningModule):
         """
         self._target = target
         if self.drafter is None and self.hparams.init_from:
-            self.drafter = self._start_from(self.hparams.init_from)
+            self.drafter = self._start_from(self.continues or self.hparams.init_from, target)
         if self.drafter is None:
             self.drafter = Drafter(self._config_for(target))
             how = self.hparams.init_from_target
@@ -221,11 +223,19 @@ class DrafterModule(LightningModule):
                 f"{target.vocab_size} embedding rows; give the target that it was trained with."
             )
 
-    def _start_from(self, path: str) -> Drafter:
+    def _start_from(self, path: str, target: Target) -> Drafter:
         """Returns a drafter with another's weights, to be trained further."""
-        drafter = load_drafter(path).drafter
+        loaded = load_drafter(path)
+        check_fits(loaded, target)
+        drafter = loaded.drafter
         drafter.float().train()
         config = drafter.config
+        fitting = self._trainer is None or self._trainer.state.fn == "fit"
+        if not fitting and config.block_size != self.hparams.block_size:
+            raise UserError(
+                f"{path} drafts blocks of {config.block_size}, --model.block_size says "
+                f"{self.hparams.block_size}; set --model.block_size {config.block_size}."
+            )
         asked = self.hparams.target_layer_ids
         if asked is not None and tuple(asked) != config.target_layer_ids:
             raise UserError(

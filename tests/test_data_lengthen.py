@@ -10,6 +10,7 @@ from data.lengthen import lengthen, main
 from data.prompt_sets import load_prompts
 from data.regenerate import regenerate
 from drafter.errors import UserError
+from drafter.files import file_stamp
 from drafter.sampling import Sampling
 from drafter.target import Target
 from tests.tiny import tiny_target_dir
@@ -100,6 +101,38 @@ def test_a_run_broken_off_goes_on(setting, tmp_path):
         lengthen(target, short, broken, max_new_tokens=13)
 
 
+@pytest.mark.parametrize("change", ["limit", "rows"])
+def test_what_an_interrupted_run_made_otherwise_is_not_taken(
+    setting, tmp_path, monkeypatch, change
+):
+    _, target, prompts = setting
+    eos = target.eos_token_ids[0]
+    rows = [{"prompt_ids": prompt.ids, "response_ids": [9, 10]} for prompt in prompts[:4]]
+    # with the same room under both limits
+    rows.append({"prompt_ids": [9] * (target.max_length - 12), "response_ids": [9, 10]})
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+    def write():
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file_stamp.cache_clear()
+
+    write()
+    with monkeypatch.context() as patch:
+        patch.setattr("data.lengthen.write_atomic", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lengthen(target, source, output, max_new_tokens=12)
+    limit = 30 if change == "limit" else 12
+    if change == "rows":
+        rows[0]["response_ids"] = [9, eos]
+        write()
+    lengthen(target, source, output, max_new_tokens=limit)
+    clean = tmp_path / "clean.jsonl"
+    lengthen(target, source, clean, max_new_tokens=limit)
+    assert lines(output) == lines(clean)
+    assert change == "limit" or lines(output)[0]["response_ids"] == [9, eos]
+    assert not list(tmp_path.glob(".*.more-*"))
+
+
 def test_what_can_not_be_continued_is_refused(setting, tmp_path):
     _, target, prompts = setting
     sampled = tmp_path / "sampled.jsonl"
@@ -113,6 +146,13 @@ def test_what_can_not_be_continued_is_refused(setting, tmp_path):
     regenerate(target, prompts, greedy, max_new_tokens=6)
     beside = tmp_path / "greedy.jsonl.settings.json"
     made = json.loads(beside.read_text())
+    beside.write_text("{")
+    with pytest.raises(UserError, match=r"settings.json can't be read"):
+        lengthen(target, greedy, tmp_path / "out.jsonl", max_new_tokens=12)
+    with pytest.raises(UserError, match="must be at least 1"):
+        lengthen(target, greedy, tmp_path / "out.jsonl", max_new_tokens=0)
+    with pytest.raises(UserError, match=r"as .jsonl or"):
+        lengthen(target, greedy, tmp_path / "out.parquet", max_new_tokens=12)
     beside.write_text(json.dumps({**made, "target": "another"}))
     with pytest.raises(UserError, match="another target's responses"):
         lengthen(target, greedy, tmp_path / "out.jsonl", max_new_tokens=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from drafter.config import DrafterConfig
 from drafter.errors import UserError
 from drafter.evaluation.loading import load_drafter
 from drafter.export import export, main
-from tests.runs import cli, config
+from tests.runs import cli, config, find_target
 
 LAYER = (
     "input_layernorm",
@@ -75,6 +76,8 @@ def test_card_and_provenance_say_where_it_comes_from(run, tmp_path):
     assert loaded.provenance["runs"][0]["argv"]
     again = tmp_path / "again"
     export(loaded, again)  # what was known stays known
+    assert (again / "config.yaml").read_text() == (output / "config.yaml").read_text()
+    assert {file.stat().st_mode & 0o777 for file in again.iterdir()} == {0o644}
     assert load_drafter(str(again)).provenance == loaded.provenance
     assert load_drafter(str(again)).fingerprint == loaded.fingerprint
 
@@ -91,7 +94,9 @@ def test_a_run_predicts_and_trains_on_from_it(run, tmp_path):
     }.items():
         answers[name] = tmp_path / f"{name}.jsonl"
         extra = (*how, "--predictions.output", str(answers[name]))
-        cli(run, "predict", extra, data__predict_prompts=str(prompts))
+        # in another folder: the run has a drafter of its own
+        place = {"run_dir": str(tmp_path / "new")} if name == "folder" else {}
+        cli(run, "predict", extra, data__predict_prompts=str(prompts), **place)
     found = [json.loads(path.read_text()) for path in answers.values()]
     assert found[0]["response_ids"] == found[1]["response_ids"]
     assert found[0]["round_lengths"] == found[1]["round_lengths"]
@@ -108,15 +113,74 @@ def test_what_is_there_is_replaced_whole_or_not_at_all(run, tmp_path, monkeypatc
         spoiled.drafter.fc.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match=r"fc.weight is not finite in bfloat16"):
         export(spoiled, output)
-    monkeypatch.setattr("drafter.export.model_card", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export(load_drafter(str(run / "run")), output)
+    with monkeypatch.context() as patch:
+        patch.setattr("drafter.export.model_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export(load_drafter(str(run / "run")), output)
     assert (output / "model.safetensors").read_bytes() == before
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="holds no drafter"):
-        export(load_drafter(str(run / "run")), tmp_path / "mine")
+    assert not list(tmp_path.glob(".*.part"))
+    target = tmp_path / "target"
+    shutil.copytree(find_target(run), target)  # has a config.json, too
+    (output / "mine.txt").write_text("mine")
+    held = {path: sorted(path.iterdir()) for path in (target, output)}
+    for path, files in held.items():
+        with pytest.raises(UserError, match="what no export has written"):
+            export(load_drafter(str(run / "run")), path)
+        assert sorted(path.iterdir()) == files
+    (tmp_path / "empty").mkdir()
+    export(load_drafter(str(run / "run")), tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export(load_drafter(str(run / "run")), tmp_path / "link", "float32")
+    assert load_drafter(str(tmp_path / "empty")).drafter.dtype == torch.float32
     with pytest.raises(UserError, match="dtype 'int8' is unknown"):
         export(load_drafter(str(run / "run")), output, "int8")
+
+
+def test_a_resumed_run_is_told_by_its_last_piece(tmp_path):
+    cli(tmp_path, trainer__max_steps=2)
+    cli(
+        tmp_path,
+        extra=("--ckpt_path", "last"),
+        trainer__max_steps=4,
+        model__learning_rate=2e-4,
+        model__total_steps=4,
+    )
+    export(load_drafter(str(tmp_path / "run")), tmp_path / "out")
+    provenance = load_drafter(str(tmp_path / "out")).provenance
+    assert provenance["settings"]["model.learning_rate"] == 2e-4
+    assert [piece["resumed_at_step"] for piece in provenance["runs"]] == [0, 2]
+    assert "| `model.learning_rate` | 0.0002 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_figures_of_another_drafter_are_not_put_on_a_card(run, tmp_path):
+    loaded = load_drafter(str(run / "run"))
+    other = {"drafters": [{"name": "other", "fingerprint": "0" * 20, "figures": {}}]}
+    with pytest.raises(UserError, match="the results are of other drafters"):
+        export(loaded, tmp_path / "out", result=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_drafter_of_other_blocks_or_another_run_is_not_measured_unawares(run, tmp_path, capsys):
+    output = tmp_path / "out"
+    export(load_drafter(str(run / "run")), output)
+    new = str(tmp_path / "new")
+    with pytest.raises(SystemExit):
+        cli(run, "test", run_dir=new, model__init_from=str(output), model__block_size=8)
+    assert "set --model.block_size 4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli(run, "test", model__init_from=str(output))
+    assert "has a drafter of its own" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_without_the_drafter_that_it_began_with(run, tmp_path):
+    output, further = tmp_path / "out", str(tmp_path / "further")
+    export(load_drafter(str(run / "run")), output)
+    settings = {"run_dir": further, "model__init_from": str(output)}
+    cli(run, **settings, trainer__max_steps=2)
+    shutil.rmtree(output)
+    last = cli(run, extra=("--ckpt_path", "last"), **settings, trainer__max_steps=4)
+    assert last.trainer.global_step == 4
+    cli(run, "test", ("--ckpt_path", "last"), **settings)
 
 
 def test_a_spoiled_provenance_is_named(run, tmp_path):

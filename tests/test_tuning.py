@@ -25,10 +25,55 @@ def trained(tmp_path, monkeypatch):
     def train(row, options, run_dir):
         names.append(row.name)
         lengths = [1.0, 1.5, 1.2 + len(names) / 10]
-        return {"lengths": lengths, "seconds": 10.0 * row.flags["trainer.max_epochs"]}
+        if row.name in refused:
+            raise SystemExit(refused[row.name])
+        seconds = 10.0 * row.flags["trainer.max_epochs"]
+        return {"lengths": lengths, "seconds": seconds, "resumed": False}
 
     monkeypatch.setattr(tuning, "train", train)
     return names
+
+
+refused: dict[str, int] = {}
+
+
+def test_a_recipe_that_fails_keeps_none_from_being_trained(tmp_path, trained, capsys, monkeypatch):
+    monkeypatch.setitem(refused, "long", 2)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == 2
+    assert trained == ["short", "long", "other"]
+    assert "failed, for reasons given above: grid: long." in capsys.readouterr().err
+    monkeypatch.setitem(refused, "long", 143)  # preempted: leave at once
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == 143
+
+
+def test_a_recipe_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+    grid = {"one_budget": False, "rows": ROWS[:1]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    left = []
+
+    def train_row(arguments, run_dir):
+        left.append(run_dir.exists())
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if len(left) == 2:
+            (run_dir / "checkpoints" / "last.ckpt").touch()
+        if len(left) < 3:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(tuning, "train_row", train_row)
+    monkeypatch.setattr(tuning, "scalars", lambda *_: [])
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "--work", str(tmp_path / "work"))
+    run(tmp_path, "--work", str(tmp_path / "work"))
+    assert left == [False, False, True]
+    (line,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert line["resumed"]
+    # nothing was measured: shown, and left out of the picture
+    tuning.main(["show", str(tmp_path / "out.jsonl"), "--plot", str(tmp_path / "plot.png")])
 
 
 def run(tmp_path, *more):

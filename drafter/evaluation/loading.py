@@ -34,7 +34,7 @@ class LoadedDrafter:
         target_gguf_file: Likewise.
         target_fingerprint: Likewise.
         target_dtype: Likewise.
-        run_config: The run's config.yaml, if it is there.
+        run_config: The run's configuration, of its last piece, if it is there.
         other_block_size: K, where it is not the one that the drafter was trained with.
         provenance: What lies beside an exported drafter.
     """
@@ -83,6 +83,7 @@ def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
         drafter = _read_folder(where)
         loaded = LoadedDrafter(_full(path), drafter, drafter_fingerprint(drafter), str(where))
         _read_provenance(loaded, where / PROVENANCE)
+        loaded.run_config = _newest_config(where)
     elif where.is_file():
         loaded = _read_checkpoint(where, path)
     else:
@@ -146,7 +147,6 @@ def _read_checkpoint(file: Path, path: str) -> LoadedDrafter:
     if missing or unexpected:
         raise UserError(f"{file}: missing tensors {missing}, unexpected tensors {unexpected}.")
     target = checkpoint.get("target", {})
-    run_config = file.parent.parent / "config.yaml"
     return LoadedDrafter(
         _full(path),
         drafter.eval(),
@@ -156,8 +156,19 @@ def _read_checkpoint(file: Path, path: str) -> LoadedDrafter:
         target.get("gguf_file"),
         target.get("fingerprint"),
         target.get("dtype", "auto"),
-        run_config if run_config.is_file() else None,
+        _newest_config(file.parent.parent),
     )
+
+
+def in_order(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """Returns a run's files <stem>.json, <stem>.resume-1.json, ... in the order of its pieces."""
+    resumed = [f"{stem}.resume-{n}{suffix}" for n in range(1, 1 + len(list(folder.glob("*"))))]
+    files = [folder / name for name in (f"{stem}{suffix}", *resumed)]
+    return [file for file in files if file.is_file()]
+
+
+def _newest_config(folder: Path) -> Path | None:
+    return next(reversed(in_order(folder, "config", ".yaml")), None)
 
 
 def check_fits(loaded: LoadedDrafter, target: Target) -> None:
