@@ -242,7 +242,12 @@ class OnlineHiddenStates(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Makes a cache of what a single epoch has filled; what comes next reads it."""
-        self._check.settle()
+        try:
+            self._finish_filling(stage)
+        finally:
+            self._check.settle()
+
+    def _finish_filling(self, stage: str) -> None:
         if not self._fills or stage != "fit":
             return
         if self._filling is not None:

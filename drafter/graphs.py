@@ -12,7 +12,9 @@ next begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+import gc
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +51,9 @@ class CudaRecorder:
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`; `work` must have run once before (compilers wait for the device)."""
+        # an old autograd graph that only a cycle keeps would tie the parameters' gradients to the
+        # default stream, which nothing recorded may wait for
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread that page-locks batches may go on meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -56,6 +61,27 @@ class CudaRecorder:
         self._pool = graph.pool()
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+class Inputs:
+    """Where recorded kernels read batches: one buffer a field, seen in any shape.
+
+    A larger batch than any before gets a larger buffer; what was recorded keeps the old one.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def like(self, batch: DraftBatch) -> DraftBatch:
+        """Returns a batch of the same shapes in the buffers; its content is open."""
+        views: dict[str, Any] = {}
+        for name in READ:
+            tensor = getattr(batch, name)
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.numel() < tensor.numel():
+                buffer = self._buffers[name] = tensor.new_empty(tensor.numel())
+            views[name] = buffer[: tensor.numel()].view(tensor.shape)
+        return DraftBatch(**views, sample_ids=batch.sample_ids)
 
 
 class StepGraphs:
@@ -79,6 +105,7 @@ class StepGraphs:
         self._parameters = parameters
         self._recorder = recorder or CudaRecorder()
         self._gradients = [torch.empty_like(p, requires_grad=False) for p in parameters]
+        self._inputs = Inputs()
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recording] = {}
 
@@ -97,7 +124,12 @@ class StepGraphs:
             if not self._recorded and batch.anchors.is_cuda:
                 torch.cuda.empty_cache()  # what steps took so far, graphs take again
             recording = _Recording(
-                self._forward, self._parameters, self._gradients, batch, self._recorder
+                self._forward,
+                self._parameters,
+                self._gradients,
+                self._inputs.like(batch),
+                batch,
+                self._recorder,
             )
             self._recorded[shape] = recording
         recording.take(batch)
@@ -118,6 +150,7 @@ class _Recording:
         forward: See `StepGraphs`.
         parameters: Likewise.
         gradients: Where their gradients go.
+        place: Where batches are read.
         batch: One of that shape.
         recorder: Of both passes.
     """
@@ -127,11 +160,11 @@ class _Recording:
         forward: Forward,
         parameters: list[nn.Parameter],
         gradients: list[Tensor],
+        place: DraftBatch,
         batch: DraftBatch,
         recorder: Recorder,
     ) -> None:
-        fixed = {name: getattr(batch, name).clone() for name in READ}
-        self._batch = DraftBatch(**fixed, sample_ids=batch.sample_ids)
+        self._place = place
         self.gradients = gradients
         self.scores: BlockScores
         self.upstream: Tensor
@@ -140,34 +173,40 @@ class _Recording:
             # what autocast keeps of weights must be made inside the graph, and not outlive it
             torch.clear_autocast_cache()
             with torch.enable_grad():
-                self.scores = forward(self._batch)
+                self.scores = forward(place)
             torch.clear_autocast_cache()
 
         def back() -> None:
-            found = torch.autograd.grad(self.scores.log_prob, parameters, self.upstream)
+            with torch.autocast(batch.anchors.device.type, enabled=False):
+                found = torch.autograd.grad(self.scores.log_prob, parameters, self.upstream)
             torch._foreach_copy_(gradients, found)
+            # the graph, and with it the stream that it was made on, must not outlive its use
+            self.scores.log_prob = self.scores.log_prob.detach()
 
-        _on_a_side_stream(ahead, batch)
-        self.upstream = torch.zeros_like(self.scores.log_prob, requires_grad=False)
-        _on_a_side_stream(back, batch)
+        self.take(batch)
+        side = torch.cuda.Stream() if batch.anchors.is_cuda else None
+        with _on(side):
+            ahead()
+            self.upstream = torch.zeros_like(self.scores.log_prob, requires_grad=False)
+            back()
         self.ahead = recorder(ahead)
         self.back = recorder(back)
 
     def take(self, batch: DraftBatch) -> None:
         """Copies a batch to where the recorded kernels read it."""
         for name in READ:
-            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
+            getattr(self._place, name).copy_(getattr(batch, name), non_blocking=True)
 
 
-def _on_a_side_stream(work: Callable[[], None], batch: DraftBatch) -> None:
-    """Does work where graphs are recorded: not on the default stream, whose buffers differ."""
-    if not batch.anchors.is_cuda:
-        work()
+@contextlib.contextmanager
+def _on(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Works on another stream than the default one, as recording does; on a CPU just works."""
+    if side is None:
+        yield
         return
-    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        work()
+        yield
     torch.cuda.current_stream().wait_stream(side)
 
 
@@ -191,5 +230,5 @@ class _Replay(torch.autograd.Function):
         recording: _Recording = ctx.recording
         recording.upstream.copy_(upstream)
         recording.back()
-        # parameters keep their gradients beyond the next replay: copies, in one launch
+        # parameters keep their gradients beyond the next replay; copied here it is one launch
         return None, *torch._foreach_mul(recording.gradients, 1.0)

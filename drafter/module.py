@@ -83,8 +83,8 @@ class DrafterModule(LightningModule):
         compile_drafter: torch.compile the drafter in place.
         cuda_graphs: Launch the drafter's and the head's part of a step as one, recorded for each
             shape of batch (set data.pad_multiple, so that there are few). For small drafters, whose
-            kernels take longer to launch than to run; it takes about a step's memory once more.
-            Without a GPU, and under FSDP2, it changes nothing.
+            kernels take longer to launch than to run; graphs take two to four steps' memory.
+            Without a GPU, and where the run says so, it changes nothing.
         log_gradient_norms_every: Log each term's gradient norm every so many steps, at the next
             step that is logged (trainer.log_every_n_steps); 0 for never. It costs a backward pass
             per term at those steps, and no forward.
@@ -484,9 +484,23 @@ class DrafterModule(LightningModule):
     def _make_graphs(self) -> StepGraphs | None:
         """Returns the recordings of this fit, or None to launch every kernel."""
         assert self.drafter is not None
-        wanted = self.hparams.cuda_graphs and self.device.type == "cuda"
-        if not wanted or is_sharded(self.drafter):
+        if not self.hparams.cuda_graphs or self.device.type != "cuda":
             return None
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rope = (self.drafter.config.rope_parameters or {}).get("rope_type", "default")
+        reasons = {
+            "FSDP2 gathers weights anew in every step": is_sharded(self.drafter),
+            "packed batches seldom have the same shape": datamodule.pack_length > 0,
+            "batches seldom have the same shape without data.pad_multiple, such as 64": (
+                datamodule.pad_multiple == 1
+            ),
+            "the target is spread over several GPUs": self.target.spread,
+            f"rope of type {rope} asks the host": rope in ("dynamic", "longrope"),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                rank_zero_info(f"[cuda_graphs] not used: {reason}")
+                return None
         trained = [p for p in self.parameters() if p.requires_grad]
         return StepGraphs(partial(self.forward, fixed_shape=True), trained)
 

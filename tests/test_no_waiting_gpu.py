@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from data.online import OnlineHiddenStates
+from drafter.arriving import Arriving
 from drafter.module import DrafterModule
 from drafter.target import Target
 from tests.tiny import tiny_target_dir
@@ -25,14 +26,33 @@ class RefuseToWait(Callback):
     def __init__(self) -> None:
         self.steps = 0
 
+    def on_train_batch_start(self, trainer, *_):
+        Asked.step = trainer.global_step
+
     def on_train_batch_end(self, trainer, *_):
         self.steps += trainer.global_step >= 6
         torch.cuda.set_sync_debug_mode("error" if 6 <= trainer.global_step < 11 else "default")
 
 
+class Asked(Arriving):
+    """Refuses to be read in the step that it comes from: that would wait for the device."""
+
+    step = 0
+
+    def __init__(self, value):
+        super().__init__(value)
+        self.made = self.step
+
+    def read(self):
+        assert self.step > self.made or not 6 <= self.step < 11
+        return super().read()
+
+
 @pytest.mark.parametrize("keep", ["device", False])
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
-def test_the_host_runs_ahead(tmp_path, keep, attention):
+def test_the_host_runs_ahead(tmp_path, monkeypatch, keep, attention):
+    monkeypatch.setattr("drafter.guard.Arriving", Asked)
+    monkeypatch.setattr("data.features.Arriving", Asked)
     rows = tmp_path / "rows.jsonl"
     generator = torch.Generator().manual_seed(0)
     with rows.open("w") as file:

@@ -72,6 +72,28 @@ def batches(run, of=3):
     return made
 
 
+def packed_batches(run):
+    """Returns batches of one length whose positions, and numbers of blocks, differ."""
+    made = []
+    for epoch, packed in ((0, 128), (1, 128), (2, 0), (3, 0)):
+        run.datamodule.pack_length, run.datamodule.pad_multiple = packed, 64
+        loader = run.datamodule.train_dataloader()
+        loader.batches.set_epoch(epoch)
+        made += [run.datamodule.add_features(b, *run.model.feature_request()) for b in loader]
+    return made
+
+
+def test_packed_rows_keep_their_positions_and_blocks(run):
+    run.trainer.state.fn = "fit"
+    module, made = run.model, packed_batches(run)
+    assert len({batch.anchors.shape for batch in made}) > 1
+    assert any((batch.positions[0].diff() < 0).any() for batch in made)
+    graphs = recorded(module)
+    for batch in made * 2:
+        close([graphs(batch).log_prob], [module(batch).log_prob])
+    assert len(graphs) > 1
+
+
 def gradients(module, scores):
     out = module.loss(scores, 0.5)
     return torch.autograd.grad(out.total, [p for p in module.parameters() if p.requires_grad])
@@ -123,9 +145,11 @@ def test_shapes_are_recorded_at_second_sight_and_not_without_end(run, monkeypatc
     monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 1)
     graphs = recorded(run.model)
     all_batches = batches(run)
+    recorded_after = []
     for batch in all_batches[:1] * 3:
         graphs(batch)
-    assert len(graphs) == 1
+        recorded_after.append(len(graphs))
+    assert recorded_after == [0, 1, 1]
     for batch in all_batches * 2:
         close([graphs(batch).log_prob], [run.model(batch).log_prob])
     assert len(graphs) == 1
@@ -155,4 +179,23 @@ def test_a_run_ends_with_the_same_weights(tmp_path, monkeypatch, accumulate):
 
 def test_without_a_gpu_nothing_is_recorded(tmp_path):
     run = cli(tmp_path, trainer__max_steps=2, model__cuda_graphs=True)
-    assert run.model._graphs is None
+    assert run.model._make_graphs() is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("packed batches", {"data__pack_length": 128, "data__pad_multiple": 8}),
+        ("batches seldom", {}),
+        (None, {"data__pad_multiple": 8}),
+    ],
+)
+def test_where_shapes_seldom_repeat_a_run_says_that_it_records_none(
+    tmp_path, monkeypatch, caplog, reason, change
+):
+    run = cli(tmp_path, trainer__max_steps=2, model__cuda_graphs=True, **change)
+    monkeypatch.setattr(DrafterModule, "device", torch.device("cuda"))
+    with caplog.at_level("INFO"):
+        graphs = run.model._make_graphs()
+    assert (graphs is None) == (reason is not None)
+    assert reason is None or f"[cuda_graphs] not used: {reason}" in caplog.text
