@@ -27,7 +27,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, *_):
         self.losses.append(float(outputs["loss"]))
-        self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+        self.norms.append(float(trainer.callback_metrics.get("train/grad_norm", 0.0)))
         self.shapes = max(self.shapes, 0 if module._graphs is None else len(module._graphs))
 
 
