@@ -40,7 +40,7 @@ format: $(STAMP)
 
 # Most tests are small tensors on one core, so two files run side by side.
 test: lint $(TARGET)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-slow: $(STAMP) $(TARGET)
 	$(BIN)/python -m pytest -m slow --durations=15

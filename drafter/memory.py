@@ -141,18 +141,16 @@ def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:
     statistic = FP32  # per normalised vector
     rope = 2 * FP32 * head  # cos and sin
 
-    def read_by(projections: int) -> int:
-        """A norm's fp32 output: under autocast each projection keeps its own copy instead."""
-        return hidden * (projections * value if mixed else FP32)
+    normed = hidden * value  # a norm's output, in the dtype of the products that read it
 
     # a context token: fc and hidden_norm once, a normalised key in every layer
     context = taps * value if mixed or sizes.feature_bytes != FP32 else 0
     context += norm * hidden + statistic + rope
-    context += hidden * value if mixed and not cuda else read_by(2 * layers)
+    context += normed
     context += layers * (norm * kv + statistic * kv // head)
 
     # a block slot: two norms, attention (query, output, log-sum-exp) and SwiGLU in every layer
-    block = 2 * (norm * hidden + statistic) + read_by(3) + read_by(2)
+    block = 2 * (norm * hidden + statistic) + 2 * normed
     block += norm * (query + kv) + statistic * (query + kv) // head
     block += 2 * value * query + FP32 * query // head
     block += 4 * value * config.intermediate_size  # gate, up, silu(gate), their product

@@ -129,8 +129,10 @@ class DraftLayer(nn.Module):
         visibility: Visibility | None,
     ) -> Tensor:
         """Returns (B, Q, D)."""
-        x_BQD = x_BQD + self.self_attn(self.input_layernorm(x_BQD), rope, context, visibility)
-        out_BQD: Tensor = x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
+        normed_BQD = for_products(self.input_layernorm(x_BQD))
+        x_BQD = x_BQD + self.self_attn(normed_BQD, rope, context, visibility)
+        normed_BQD = for_products(self.post_attention_layernorm(x_BQD))
+        out_BQD: Tensor = x_BQD + self.mlp(normed_BQD)
         return out_BQD
 
 
@@ -170,6 +172,7 @@ class Drafter(PreTrainedModel):
             context: What earlier calls returned; it is not changed.
         """
         features_BSD = self.hidden_norm(self.fc(hidden_states.to(self._input_dtype())))
+        features_BSD = for_products(features_BSD)
         rope = self._rope(positions)
         new = [layer.self_attn.keys_values(features_BSD, rope) for layer in self._layers()]
         if context is None or context.length == 0:
@@ -239,6 +242,12 @@ class Drafter(PreTrainedModel):
     def _input_dtype(self) -> torch.dtype:
         # under autocast the residual stream stays in the dtype of the (fp32) weights
         return self.fc.weight.dtype
+
+
+def for_products(x: Tensor) -> Tensor:
+    """Returns x in the dtype of matrix products: autocast would make each of them its own copy."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

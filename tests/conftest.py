@@ -1,0 +1,10 @@
+"""The longest files go first, so that two workers end together."""
+
+from __future__ import annotations
+
+LONGEST = ("resume_matrix", "real_target", "run_ddp", "run_fsdp2", "data_cache", "run_training")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
