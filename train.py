@@ -59,18 +59,8 @@ class DrafterCLI(LightningCLI):
         """Resolves `last`; never lets a checkpoint's hyper-parameters win (lightning-traps 1)."""
         config = self.config.get(self.config.get("subcommand") or "")
         if config is None or not config.get("ckpt_path"):
-            fitting = config is None or self.config.subcommand == "fit"
-            if not fitting and not config.model.init_from:
-                raise UserError(
-                    f"{self.config.subcommand} needs a trained drafter: pass --ckpt_path FILE or "
-                    "--ckpt_path last, or --model.init_from with a drafter's folder."
-                )
-            last = Path(_checkpoint_dir(config.run_dir)) / "last.ckpt" if not fitting else None
-            if last is not None and last.is_file():
-                raise UserError(
-                    f"{config.run_dir} has a drafter of its own, which --model.init_from is not: "
-                    "pass --ckpt_path last for it, or another --run_dir."
-                )
+            if config is not None and self.config.subcommand != "fit":
+                self._check_starting_drafter(config)
             return
         if config.ckpt_path == "last":
             self._continuing = True
@@ -88,6 +78,19 @@ class DrafterCLI(LightningCLI):
         saved = checkpoint.get("hyper_parameters", {})
         for line in _differences(saved, config.model.as_dict()):
             print(f"[resume] {line}", flush=True)
+
+    def _check_starting_drafter(self, config: Any) -> None:
+        """Raises UserError unless a command without a checkpoint has `init_from`, and means it."""
+        if not config.model.init_from:
+            raise UserError(
+                f"{self.config.subcommand} needs a trained drafter: pass --ckpt_path FILE or "
+                "--ckpt_path last, or --model.init_from with a drafter's folder."
+            )
+        if (Path(_checkpoint_dir(config.run_dir)) / "last.ckpt").is_file():
+            raise UserError(
+                f"{config.run_dir} has a drafter of its own, which --model.init_from is not: "
+                "pass --ckpt_path last for it, or another --run_dir."
+            )
 
     def instantiate_classes(self) -> None:
         """Instantiates all; a setting that a class refuses is the user's to mend."""
@@ -111,14 +114,12 @@ class DrafterCLI(LightningCLI):
                 default_hp_metric=False,
                 purge_step=getattr(self, "_resumed_step", None),
             )
-        plugins = self._get(self.config_init, "trainer.plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = self._given("trainer.plugins")
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
-        given = self._get(self.config_init, "trainer.callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        if not any(isinstance(callback, ProgressBar) for callback in given):
+        own = self._given("trainer.callbacks")
+        if not any(isinstance(callback, ProgressBar) for callback in own):
             trainer.callbacks = [
                 TrainingBar() if isinstance(callback, ProgressBar) else callback
                 for callback in trainer.callbacks
@@ -126,6 +127,11 @@ class DrafterCLI(LightningCLI):
         if self.subcommand == "fit":
             trainer.callbacks = [Provenance(run_dir), *trainer.callbacks, RunSummary(run_dir)]
         return trainer
+
+    def _given(self, name: str) -> list[Any]:
+        """Returns what the config lists under a name that also takes a single entry."""
+        value = self._get(self.config_init, name) or []
+        return value if isinstance(value, list) else [value]
 
     def before_instantiate_classes(self) -> None:
         """Moves to a free folder if the run folder holds another run."""

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curves import logged
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "smollm2.yaml"
 TOY = [
@@ -245,13 +247,7 @@ class Bench:
 
 def loss_curve(run_dir: Path) -> dict[int, float]:
     """Returns the logged cross-entropy by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    if "train/cross_entropy" not in events.Tags()["scalars"]:
-        return {}
-    return {event.step: event.value for event in events.Scalars("train/cross_entropy")}
+    return dict(logged(run_dir, "train/cross_entropy"))
 
 
 def main() -> None:

@@ -24,8 +24,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.curves import logged
 from data.sharing import shared_between_runs
 from drafter.errors import UserError, one_sentence_errors
+from drafter.evaluation.markdown import markdown_rows
+from drafter.evaluation.plots import pyplot
 from drafter.evaluation.recipes import Row, read_grid
 from drafter.files import write_atomic
 from evaluate import train_row, where_and_when
@@ -33,15 +36,9 @@ from evaluate import train_row, where_and_when
 LENGTH = "val/accepted_length"
 
 
-def scalars(run_dir: Path, name: str) -> list[float]:
+def scalars(run_dir: Path, tag: str) -> list[float]:
     """Returns a run's logged values, first to last."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    if name not in events.Tags()["scalars"]:
-        return []
-    return [event.value for event in events.Scalars(name)]
+    return [value for _, value in logged(run_dir, tag)]
 
 
 def read(output: Path) -> list[dict[str, Any]]:
@@ -140,8 +137,7 @@ def show(options: argparse.Namespace) -> list[str]:
         ]
         for line in sorted(lines, key=lambda line: -max([0.0, *line["lengths"]]))
     ]
-    for cells in (head, ["---"] * len(head), *body):
-        print(f"| {' | '.join(cells)} |")
+    print("\n".join(markdown_rows(head, body)))
     if options.plot:
         plot(lines, Path(options.plot), options.title)
     return []
@@ -150,11 +146,7 @@ def show(options: argparse.Namespace) -> list[str]:
 def plot(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draws accepted length against epochs, a line a recipe."""
     lines = [line for line in lines if line["lengths"]]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     colours = plt.get_cmap("viridis", max(2, len(lines)))
     for place, line in enumerate(sorted(lines, key=lambda line: -line["lengths"][-1])):

@@ -28,7 +28,7 @@ class MemoryReport(Callback):
         self.show = show
         self.estimate: MemoryEstimate | None = None
         self._before: int | None = None
-        self._steps = self._seen = 0
+        self._first = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the estimate; on a GPU also what is free."""
@@ -48,7 +48,7 @@ class MemoryReport(Callback):
             torch.cuda.reset_peak_memory_stats(device)
             there = estimate.weights + (estimate.optimizer if trainer.optimizers[0].state else 0)
             self._before = torch.cuda.memory_allocated(device) - there
-            self._seen = trainer.global_step
+            self._first = trainer.global_step
         if not (self.show and trainer.is_global_zero):
             return
         print(shown, flush=True)
@@ -67,9 +67,7 @@ class MemoryReport(Callback):
         """Prints once what a step really takes: the second, when the optimizer's state is there."""
         if self._before is None or not trainer.is_global_zero or not self.show:
             return
-        self._steps += trainer.global_step > self._seen
-        self._seen = trainer.global_step
-        if self._steps < 2:
+        if trainer.global_step < self._first + 2:
             return
         taken = torch.cuda.max_memory_allocated(trainer.strategy.root_device) - self._before
         self._before = None

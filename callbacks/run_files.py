@@ -19,18 +19,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.checkpoints import MONITOR, BestCheckpoint, LastCheckpoint
-from drafter.files import write_atomic
+from drafter.files import free_path, pieces, write_atomic
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "tensorboard")
-
-
-def free_path(folder: Path, stem: str, suffix: str) -> Path:
-    """Returns folder/stem.suffix, or folder/stem.resume-<n>.suffix with the first free n."""
-    path, n = folder / f"{stem}{suffix}", 0
-    while path.exists():
-        n += 1
-        path = folder / f"{stem}.resume-{n}{suffix}"
-    return path
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -125,7 +116,7 @@ class RunSummary(Callback):
         else:
             epochs = trainer.max_epochs or trainer.current_epoch
             further = f"--trainer.max_epochs {max(trainer.current_epoch + 1, 2 * epochs)}"
-        newest = max(self.run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
+        newest = pieces(self.run_dir, "config", ".yaml")[-1]
         config = shlex.quote(_relative(newest))
         print(
             f"continue          {_relative(sys.executable)} train.py fit --config {config} "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.prompt_sets import Prompt
-from data.regenerate import packed, regenerate, settings_path
+from data.regenerate import add_target_flags, packed, regenerate, settings_path, target_of
 from data.sources import read_file
 from drafter.errors import UserError, one_sentence_errors
 from drafter.files import file_stamp, write_atomic
@@ -156,26 +156,14 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command; prints a user's mistake as one sentence and exits with code 2."""
     parser = argparse.ArgumentParser(prog="python -m data.lengthen", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--target", required=True, help="hub id, folder or .gguf file")
-    parser.add_argument("--gguf-file", help="GGUF file inside the target's folder")
+    add_target_flags(parser)
     parser.add_argument("--responses", required=True, type=Path, metavar="FILE")
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl[.gz]")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--revision")
-    parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(args)
     with one_sentence_errors():
-        target = Target.load(
-            options.target,
-            gguf_file=options.gguf_file,
-            dtype=options.dtype,
-            device=options.device,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-        )
+        target = target_of(options)
         continued, without_room = lengthen(
             target,
             options.responses,

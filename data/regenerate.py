@@ -217,8 +217,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(prog="python -m data.regenerate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--target", required=True, help="hub id, folder or .gguf file")
-    parser.add_argument("--gguf-file", help="GGUF file inside the target's folder")
+    add_target_flags(parser)
     parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE")
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl[.gz]")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -229,11 +228,29 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="prompts of each file")
     parser.add_argument("--max-prompt-tokens", type=int, help="leave longer prompts out")
+    return parser.parse_args(args)
+
+
+def add_target_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `target_of` reads."""
+    parser.add_argument("--target", required=True, help="hub id, folder or .gguf file")
+    parser.add_argument("--gguf-file", help="GGUF file inside the target's folder")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--revision")
     parser.add_argument("--trust-remote-code", action="store_true")
-    return parser.parse_args(args)
+
+
+def target_of(options: argparse.Namespace) -> Target:
+    """Returns the target that the flags name."""
+    return Target.load(
+        options.target,
+        gguf_file=options.gguf_file,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def main(args: list[str] | None = None) -> None:
@@ -241,14 +258,7 @@ def main(args: list[str] | None = None) -> None:
     options = parse(args)
     with one_sentence_errors():
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
-        target = Target.load(
-            options.target,
-            gguf_file=options.gguf_file,
-            dtype=options.dtype,
-            device=options.device,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-        )
+        target = target_of(options)
         prompts = load_prompts(
             options.prompts,
             target.tokenizer,

@@ -21,13 +21,12 @@ from drafter.evaluation.loading import (
     PROVENANCE,
     LoadedDrafter,
     drafter_fingerprint,
-    in_order,
     load_drafter,
 )
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.recipes import flat, read_yaml
 from drafter.evaluation.results import read_result
-from drafter.files import file_stamp, write_atomic
+from drafter.files import file_stamp, pieces, write_atomic
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -132,7 +131,7 @@ def provenance_of(loaded: LoadedDrafter) -> dict[str, Any]:
         return dict(loaded.provenance)
     run: dict[str, Any] = {}
     if loaded.run_config is not None:
-        files = in_order(loaded.run_config.parent, "provenance", ".json")
+        files = pieces(loaded.run_config.parent, "provenance", ".json")
         run = {"runs": [json.loads(file.read_text()) for file in files]}
         run["settings"] = flat(read_yaml(loaded.run_config))
         data = run["settings"].get("data.train_data")

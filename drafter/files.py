@@ -64,6 +64,25 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _piece(folder: Path, stem: str, suffix: str, n: int) -> Path:
+    return folder / (f"{stem}.resume-{n}{suffix}" if n else f"{stem}{suffix}")
+
+
+def free_path(folder: Path, stem: str, suffix: str) -> Path:
+    """Returns folder/stem.suffix, or folder/stem.resume-<n>.suffix with the first free n."""
+    n = 0
+    while _piece(folder, stem, suffix, n).exists():
+        n += 1
+    return _piece(folder, stem, suffix, n)
+
+
+def pieces(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """Returns a run's files of the names that `free_path` gives, in the order of its pieces."""
+    most = 1 + len(list(folder.glob("*")))
+    files = [_piece(folder, stem, suffix, n) for n in range(most)]
+    return [file for file in files if file.is_file()]
+
+
 def cache_root(folder: str | Path | None = None) -> Path:
     """Returns `folder`, or l2r-drafter under $XDG_CACHE_HOME or ~/.cache."""
     if folder is not None:

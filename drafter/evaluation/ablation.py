@@ -24,7 +24,7 @@ from drafter.evaluation.plan import clock
 from drafter.evaluation.recipes import Grid, Row
 from drafter.evaluation.results import FORMAT, compare, describe
 from drafter.evaluation.tallies import Tally
-from drafter.files import write_atomic
+from drafter.files import pieces, write_atomic
 
 ROW_FORMAT = 2
 OLDER = " [older recipe"
@@ -271,5 +271,5 @@ def slug(name: str) -> str:
 
 
 def _run_config(run_dir: Path) -> dict[str, Any]:
-    files = sorted(run_dir.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
+    files = pieces(run_dir, "config", ".yaml")
     return yaml.safe_load(files[-1].read_text()) if files else {}

@@ -12,6 +12,7 @@ import torch
 
 from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
+from drafter.files import pieces
 from drafter.model import Drafter
 from drafter.target import Target
 
@@ -160,15 +161,8 @@ def _read_checkpoint(file: Path, path: str) -> LoadedDrafter:
     )
 
 
-def in_order(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """Returns a run's files <stem>.json, <stem>.resume-1.json, ... in the order of its pieces."""
-    resumed = [f"{stem}.resume-{n}{suffix}" for n in range(1, 1 + len(list(folder.glob("*"))))]
-    files = [folder / name for name in (f"{stem}{suffix}", *resumed)]
-    return [file for file in files if file.is_file()]
-
-
 def _newest_config(folder: Path) -> Path | None:
-    return next(reversed(in_order(folder, "config", ".yaml")), None)
+    return next(reversed(pieces(folder, "config", ".yaml")), None)
 
 
 def check_fits(loaded: LoadedDrafter, target: Target) -> None:

@@ -33,7 +33,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     differences = [row for row in result["comparisons"] if row["figure"] == "accepted_length"]
     if differences:
         parts += ["**Differences in accepted length, on the same prompts**\n"]
-        parts += _markdown_rows(*comparison_rows(differences))
+        parts += markdown_rows(*comparison_rows(differences))
         parts.append("")
     return "\n".join(parts)
 
@@ -68,10 +68,10 @@ def _markdown_table(
             own = found[AVERAGE] if name == AVERAGE else found["sets"].get(name, {})
             cells.append(with_interval(own.get(figure), places))
         rows.append(cells)
-    return "\n".join(_markdown_rows(head, rows))
+    return "\n".join(markdown_rows(head, rows))
 
 
-def _markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines]
 

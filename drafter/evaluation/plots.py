@@ -52,7 +52,7 @@ def write_plots(result: Mapping[str, Any], stem: Path) -> list[Path]:
 def _bars(
     drafters: Mapping[str, Any], sets: Sequence[str], figure: str, label: str, floor: float = 0.0
 ) -> bytes:
-    plt = _pyplot()
+    plt = pyplot()
     names = [*sets, AVERAGE] if len(sets) > 1 else list(sets)
     fig, ax = plt.subplots(figsize=(max(5.0, 1.4 * len(names) + 2), 3.8), layout="constrained")
     width = 0.8 / max(1, len(drafters))
@@ -84,7 +84,7 @@ def _bars(
 
 
 def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
     longest = max(
@@ -148,7 +148,7 @@ def _none(value: float | None) -> bool:
     return value is None or value != value
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
