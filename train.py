@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -20,7 +20,6 @@ from callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckp
 from callbacks.memory import MemoryReport
 from callbacks.predictions import PredictionWriter
 from callbacks.preemption import Preemption, preempted_exit
-from callbacks.progress import TrainingBar
 from callbacks.resume import Resume
 from callbacks.run_files import Provenance, RunSummary, SaveRunConfig
 from callbacks.verification import SpeculativeVerification
@@ -117,11 +116,13 @@ class DrafterCLI(LightningCLI):
         plugins = self._given("trainer.plugins")
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        # looked up before: the trainer adds its own to the same list
+        own_bar = any(isinstance(each, ProgressBar) for each in self._given("trainer.callbacks"))
         trainer = super().instantiate_trainer(**kwargs)
-        own = self._given("trainer.callbacks")
-        if not any(isinstance(callback, ProgressBar) for callback in own):
+        if not own_bar:
+            # Lightning's default draws a hundred times a second in the process that trains
             trainer.callbacks = [
-                TrainingBar() if isinstance(callback, ProgressBar) else callback
+                RichProgressBar(refresh_rate=4) if isinstance(callback, ProgressBar) else callback
                 for callback in trainer.callbacks
             ]
         if self.subcommand == "fit":

@@ -48,17 +48,22 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`; `work` must have run once before (compilers wait for the device)."""
-        # an old autograd graph that only a cycle keeps would tie the parameters' gradients to the
-        # default stream, which nothing recorded may wait for
-        gc.collect()
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread that page-locks batches may go on meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
-        self._pool = graph.pool()
+        torch.cuda.synchronize()
+        # not `torch.cuda.graph`: it empties the allocator's cache, which the next step fills again
+        with torch.cuda.stream(self._stream):
+            # thread_local: the loader's thread that page-locks batches may go on meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         replay: Callable[[], None] = graph.replay
         return replay
 
@@ -184,7 +189,12 @@ class _Recording:
             self.scores.log_prob = self.scores.log_prob.detach()
 
         self.take(batch)
-        side = torch.cuda.Stream() if batch.anchors.is_cuda else None
+        side = None
+        if batch.anchors.is_cuda:
+            # an old autograd graph that only a cycle keeps would tie the parameters' gradients to
+            # the default stream, which nothing recorded may wait for
+            gc.collect()
+            side = torch.cuda.Stream()
         with _on(side):
             ahead()
             self.upstream = torch.zeros_like(self.scores.log_prob, requires_grad=False)

@@ -160,6 +160,7 @@ class DrafterModule(LightningModule):
         self._guard = NonFiniteGuard(on_nonfinite)
         self._log = WindowLog()
         self._val_log = WindowLog()
+        self._for_bar: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ construction
 
@@ -387,7 +388,17 @@ class DrafterModule(LightningModule):
         for name, value in self._log.pop(sum_over_ranks, out.weights).items():
             self.log(f"train/{name}", value, on_step=True, on_epoch=False)
             if name in on_the_bar:
-                self.log(on_the_bar[name], value, prog_bar=True, logger=False)
+                self._for_bar[on_the_bar[name]] = value
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Shows on the progress bar what a logged step gave.
+
+        As host numbers: Lightning converts the bar's numbers after every step, logged or not, and
+        would wait for the device each time.
+        """
+        for name, value in self._for_bar.items():
+            self.log(name, value.cpu(), prog_bar=True, logger=False)
+        self._for_bar = {}
 
     def on_validation_epoch_start(self) -> None:
         """Forgets sums of an interrupted validation."""

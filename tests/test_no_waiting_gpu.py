@@ -20,18 +20,24 @@ pytestmark = [
 ]
 
 
+LOGS_EVERY = 7
+STRICT = range(7, 13)
+"""After so many steps: the first logged one is over, the next not yet there."""
+
+
 class RefuseToWait(Callback):
-    """From the seventh step on, an operation that waits for the device is an error."""
+    """In steps between logged ones, an operation that waits for the device is an error."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps = self.recorded = 0
 
     def on_train_batch_start(self, trainer, *_):
         Asked.step = trainer.global_step
 
-    def on_train_batch_end(self, trainer, *_):
-        self.steps += trainer.global_step >= 6
-        torch.cuda.set_sync_debug_mode("error" if 6 <= trainer.global_step < 11 else "default")
+    def on_train_batch_end(self, trainer, module, *_):
+        self.recorded = 0 if module._graphs is None else len(module._graphs)
+        self.steps += trainer.global_step in STRICT
+        torch.cuda.set_sync_debug_mode("error" if trainer.global_step in STRICT else "default")
 
 
 class Asked(Arriving):
@@ -44,13 +50,14 @@ class Asked(Arriving):
         self.made = self.step
 
     def read(self):
-        assert self.step > self.made or not 6 <= self.step < 11
+        assert self.step > self.made or self.step not in STRICT
         return super().read()
 
 
-@pytest.mark.parametrize("keep", ["device", False])
+# without `keep_in_memory` transformers asks in every step whether rows are packed, and waits
+@pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
-def test_the_host_runs_ahead(tmp_path, monkeypatch, keep, attention):
+def test_the_host_runs_ahead(tmp_path, monkeypatch, recorded, attention):
     monkeypatch.setattr("drafter.guard.Arriving", Asked)
     monkeypatch.setattr("data.features.Arriving", Asked)
     rows = tmp_path / "rows.jsonl"
@@ -66,7 +73,8 @@ def test_the_host_runs_ahead(tmp_path, monkeypatch, keep, attention):
         max_length=64,
         batch_size=2,
         num_anchors=4,
-        keep_in_memory=keep,
+        keep_in_memory="device",
+        pad_multiple=64,
     )
     datamodule.use_target(Target.load(str(folder), device="cuda"))
     watcher = RefuseToWait()
@@ -74,16 +82,19 @@ def test_the_host_runs_ahead(tmp_path, monkeypatch, keep, attention):
         accelerator="gpu",
         devices=1,
         precision="bf16-mixed",
-        max_steps=12,
+        max_steps=14,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         limit_val_batches=0,
-        log_every_n_steps=100,
+        log_every_n_steps=LOGS_EVERY,
         callbacks=[watcher],
     )
     try:
-        trainer.fit(DrafterModule(num_layers=2, num_taps=2, attention=attention), datamodule)
+        module = DrafterModule(num_layers=2, num_taps=2, attention=attention, cuda_graphs=recorded)
+        trainer.fit(module, datamodule)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert watcher.steps == 7
+    assert watcher.steps == len(STRICT)
+    assert set(trainer.progress_bar_metrics) >= {"ce", "tau"}  # which Lightning reads every step
+    assert watcher.recorded == recorded

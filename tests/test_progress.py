@@ -1,11 +1,12 @@
-"""Guards the training bar: it looks at metrics after logged steps only; a user's own bar stays."""
+"""Guards the training bar: it shows what was logged last; a user's own bar stays."""
 
 from __future__ import annotations
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from callbacks.progress import TrainingBar
+from benchmarks.curves import logged
 from tests.runs import cli
 
 
@@ -13,28 +14,40 @@ def bars(run):
     return [callback for callback in run.trainer.callbacks if isinstance(callback, ProgressBar)]
 
 
-def test_metrics_are_looked_at_after_logged_steps_only(tmp_path, monkeypatch):
-    looked = []
-    whole = RichProgressBar.get_metrics
+class Shown(Callback):
+    """Keeps what the bar shows after every step."""
 
-    def get_metrics(self, trainer, module):
-        looked.append((trainer.training, trainer.global_step))
-        return whole(self, trainer, module)
+    def __init__(self):
+        self.shown = []
 
-    monkeypatch.setattr(RichProgressBar, "get_metrics", get_metrics)
+    def on_train_batch_start(self, trainer, *_):
+        self.shown.append(dict(trainer.progress_bar_metrics))
+
+
+def test_the_bar_shows_what_was_logged_last(tmp_path):
     run = cli(
         tmp_path,
         trainer__enable_progress_bar=True,
         trainer__log_every_n_steps=3,
         trainer__max_epochs=2,
+        trainer__callbacks=[{"class_path": "tests.test_progress.Shown"}],
     )
     (bar,) = bars(run)
-    assert isinstance(bar, TrainingBar)
-    steps = [step for training, step in looked if training]
-    assert steps[0] <= 1  # the first: nothing was shown before
-    assert {3, 6, 9} <= set(steps)
-    assert all(step % 3 == 0 for step in steps[1:])
-    assert "ce" in bar.get_metrics(run.trainer, run.model)
+    (watch,) = [each for each in run.trainer.callbacks if isinstance(each, Shown)]
+    assert type(bar) is RichProgressBar
+    assert bar.refresh_rate == 4
+    curves = {
+        name: dict(logged(tmp_path / "run", f"train/{name}"))
+        for name in ("cross_entropy", "accepted_length")
+    }
+    assert curves["cross_entropy"].keys() >= {2, 5, 8}
+    before = {}
+    for step, shown in enumerate(watch.shown):
+        if step - 1 in curves["cross_entropy"]:
+            before = {"ce": curves["cross_entropy"][step - 1]}
+            before["tau"] = curves["accepted_length"][step - 1]
+        assert {name: shown.get(name) for name in before} == pytest.approx(before, rel=1e-5)
+        assert before or "ce" not in shown
 
 
 @pytest.mark.parametrize("enabled", [True, False])
