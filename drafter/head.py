@@ -4,14 +4,16 @@ Legend: T scored slots (flattened), D hidden size, V vocabulary (rows of the hea
 chunk.
 
 The head never trains, so `d log q(y) / d hidden` needs nothing that the forward pass has not
-already at
-hand: it is computed there, one chunk at a time, and kept as (T, D). The backward pass is then one
-multiplication by the upstream gradient; no (T, V) tensor and no head gradient is ever formed.
+already at hand: it is computed there, one chunk at a time, and kept as (T, D). The backward pass
+is then one multiplication by the upstream gradient; no (T, V) tensor and no head gradient is ever
+formed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,7 +87,12 @@ class FrozenHead:
 
 
 def score_slots(
-    head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, chunk_rows: int | None = None
+    head: FrozenHead,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    chunk_rows: int | None = None,
+    *,
+    compiled: bool = False,
 ) -> SlotScores:
     """Returns log-probabilities and correctness of labels, differentiable in `hidden_TD` only.
 
@@ -94,20 +101,27 @@ def score_slots(
         hidden_TD: (T, D) drafter states after its final norm; T may be 0.
         labels_T: (T,) int64 token ids.
         chunk_rows: Slots per chunk; default by `CHUNK_ELEMENTS`.
+        compiled: Let torch.compile make one kernel of the work between the matrix products.
     """
+    how = _How(chunk_rows or head.chunk_rows(), _compiled_fold() if compiled else _fold)
     if hidden_TD.requires_grad and torch.is_grad_enabled():
-        log_prob_T, correct_T = _ScoreSlots.apply(head, hidden_TD, labels_T, chunk_rows)
+        log_prob_T, correct_T = _ScoreSlots.apply(head, hidden_TD, labels_T, how)
     else:
-        log_prob_T, correct_T, _ = _score(head, hidden_TD, labels_T, chunk_rows, False)
+        log_prob_T, correct_T, _ = _score(head, hidden_TD, labels_T, how, False)
     return SlotScores(log_prob_T, correct_T)
+
+
+class _How(NamedTuple):
+    chunk_rows: int
+    fold: Callable[..., tuple[Tensor, ...]]
 
 
 class _ScoreSlots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, chunk_rows: int | None
+        ctx: Any, head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
-        log_prob_T, correct_T, slope_TD = _score(head, hidden_TD, labels_T, chunk_rows, True)
+        log_prob_T, correct_T, slope_TD = _score(head, hidden_TD, labels_T, how, True)
         ctx.save_for_backward(slope_TD)
         ctx.mark_non_differentiable(correct_T)
         return log_prob_T, correct_T
@@ -122,50 +136,80 @@ class _ScoreSlots(torch.autograd.Function):
 
 @torch.no_grad()
 def _score(
-    head: FrozenHead,
-    hidden_TD: Tensor,
-    labels_T: Tensor,
-    chunk_rows: int | None,
-    with_slope: bool,
+    head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, how: _How, with_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns log q(label) (T,), correctness (T,) and d log q(label) / d hidden (T, D or 0)."""
-    rows = chunk_rows or head.chunk_rows()
     score_dtype = torch.promote_types(head.weight.dtype, torch.float32)
     log_prob_T = torch.empty(len(labels_T), dtype=score_dtype, device=hidden_TD.device)
     correct_T = torch.empty(len(labels_T), dtype=torch.bool, device=hidden_TD.device)
     slope_TD = torch.empty_like(hidden_TD) if with_slope else hidden_TD.new_empty(0)
-    for start in range(0, len(labels_T), rows):
-        part = slice(start, start + rows)
+    for start in range(0, len(labels_T), how.chunk_rows):
+        part = slice(start, start + how.chunk_rows)
         labels_C1 = labels_T[part].unsqueeze(-1)
         logits_CV = head.logits(hidden_TD[part])
-        top_C1, top_id_C1 = logits_CV.max(dim=-1, keepdim=True)
         label_logit_C1 = logits_CV.gather(-1, labels_C1)
-        cap_slope_CV = None
-        if with_slope and head.softcap is not None:
-            cap_slope_CV = 1 - (logits_CV / head.softcap).square()
-        probs_CV = logits_CV.sub_(top_C1).exp_()  # in place: one (C, V) buffer serves both
-        total_C1 = probs_CV.sum(dim=-1, keepdim=True)
+        top_C1, top_id_C1, total_C1, *weights = how.fold(
+            logits_CV, head.softcap, head.weight.dtype if with_slope else None
+        )
         log_prob_T[part] = (label_logit_C1 - top_C1 - total_C1.log()).squeeze(-1)
         correct_T[part] = (top_id_C1 == labels_C1).squeeze(-1)
         if with_slope:
-            slope_TD[part] = _slope(head, probs_CV, total_C1, labels_C1, cap_slope_CV)
+            slope_TD[part] = _slope(head, weights[0], total_C1, labels_C1, label_logit_C1)
     return log_prob_T, correct_T, slope_TD
+
+
+def _fold(
+    logits_CV: Tensor, softcap: float | None, dtype: torch.dtype | None, in_place: bool = True
+) -> tuple[Tensor, ...]:
+    """Returns what scores need of a chunk's logits, of which nothing else is kept.
+
+    Args:
+        logits_CV: In fp32 or fp64.
+        softcap: See `FrozenHead`.
+        dtype: Of the weights; None if they are not needed.
+        in_place: Overwrite the logits: one (C, V) buffer serves both.
+
+    Returns:
+        (C, 1) each: the largest logit, its id (the lowest on ties), and sum_v e_v with
+        e_v = exp(logit - largest); and, with `dtype`, weights (C, V) e_v * cap'_v.
+    """
+    top_C1, top_id_C1 = logits_CV.max(dim=-1, keepdim=True)
+    cap_slope_CV = None
+    if dtype is not None and softcap is not None:
+        cap_slope_CV = _cap_slope(logits_CV, softcap)
+    exp_CV = logits_CV.sub_(top_C1).exp_() if in_place else (logits_CV - top_C1).exp()
+    total_C1 = exp_CV.sum(dim=-1, keepdim=True)
+    if dtype is None:
+        return top_C1, top_id_C1, total_C1
+    if cap_slope_CV is not None:
+        exp_CV = exp_CV.mul_(cap_slope_CV) if in_place else exp_CV * cap_slope_CV
+    return top_C1, top_id_C1, total_C1, exp_CV.to(dtype)
+
+
+@functools.cache
+def _compiled_fold() -> Callable[..., tuple[Tensor, ...]]:
+    # not in place: the compiler would then write the exponentials back, which nobody reads
+    return torch.compile(functools.partial(_fold, in_place=False))
+
+
+def _cap_slope(logits: Tensor, softcap: float) -> Tensor:
+    """Returns the derivative of soft-capping, of capped logits."""
+    return 1 - (logits / softcap).square()
 
 
 def _slope(
     head: FrozenHead,
-    exp_CV: Tensor,
+    weights_CV: Tensor,
     total_C1: Tensor,
     labels_C1: Tensor,
-    cap_slope_CV: Tensor | None,
+    label_logit_C1: Tensor,
 ) -> Tensor:
     """Returns `d log q(y) / d hidden = scale * (cap'_y W_y - sum_v q_v cap'_v W_v)`, (C, D)."""
-    label_rows_CD = head.weight[labels_C1.squeeze(-1)].to(exp_CV.dtype)
-    if cap_slope_CV is not None:
-        label_rows_CD = label_rows_CD * cap_slope_CV.gather(-1, labels_C1)
-        exp_CV = exp_CV.mul_(cap_slope_CV)
-    with torch.autocast(exp_CV.device.type, enabled=False):
-        mean_CD = _matmul_fp32(exp_CV.to(head.weight.dtype), head.weight) / total_C1
+    label_rows_CD = head.weight[labels_C1.squeeze(-1)].to(total_C1.dtype)
+    if head.softcap is not None:
+        label_rows_CD = label_rows_CD * _cap_slope(label_logit_C1, head.softcap)
+    with torch.autocast(weights_CV.device.type, enabled=False):
+        mean_CD = _matmul_fp32(weights_CV, head.weight) / total_C1
     return (label_rows_CD - mean_CD) * head.scale
 
 
@@ -185,6 +229,7 @@ def score_blocks(
     num_slots: int | None = None,
     *,
     fixed_shape: bool = False,
+    compiled: bool = False,
 ) -> BlockScores:
     """Returns the scores of a batch's blocks; slot 0 and invalid slots never reach the head.
 
@@ -195,12 +240,13 @@ def score_blocks(
         num_slots: Valid slots, if known on the host: counting them on a GPU would wait for it.
         fixed_shape: Let the head see invalid slots too, for the same scores: no shape on the way
             then depends on which slots are valid, as CUDA graphs need it.
+        compiled: See `score_slots`.
     """
     valid_MN = blocks.valid.flatten(0, 1)
     flat_valid = valid_MN.flatten()
     if fixed_shape:
         drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
-        scores = score_slots(head, drafted_SD, blocks.labels.flatten())
+        scores = score_slots(head, drafted_SD, blocks.labels.flatten(), compiled=compiled)
         return BlockScores(
             log_prob=torch.where(flat_valid, scores.log_prob, 0.0).view_as(valid_MN),
             correct=(scores.correct & flat_valid).view_as(valid_MN),
@@ -213,7 +259,8 @@ def score_blocks(
     drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
     labels_T = blocks.labels.flatten()[index_T]
     # not by indexing, whose backward pass would sort the index
-    scores = score_slots(head, drafted_SD.index_select(0, index_T), labels_T)
+    drafted_TD = drafted_SD.index_select(0, index_T)
+    scores = score_slots(head, drafted_TD, labels_T, compiled=compiled)
     log_prob = scores.log_prob.new_zeros(len(flat_valid)).index_copy(0, index_T, scores.log_prob)
     correct = torch.zeros_like(flat_valid).index_copy(0, index_T, scores.correct)
     return BlockScores(

@@ -80,7 +80,7 @@ class DrafterModule(LightningModule):
         on_nonfinite: A gradient that is not finite changes no weight; `stop` then ends the run with
             the batch saved, `skip` goes on and counts.
         attention: `sdpa`, `flex` (CUDA), or `auto` by work size.
-        compile_drafter: torch.compile the drafter in place.
+        compile_drafter: torch.compile the drafter in place, and the scoring of its states.
         cuda_graphs: Launch the drafter's and the head's part of a step as one, recorded for each
             shape of batch (set data.pad_multiple, so that there are few). For small drafters, whose
             kernels take longer to launch than to run; graphs take two to four steps' memory.
@@ -348,7 +348,12 @@ class DrafterModule(LightningModule):
             visibility,
         )
         return score_blocks(
-            self.target.head, hidden_BAKD, blocks, batch.num_slots, fixed_shape=fixed_shape
+            self.target.head,
+            hidden_BAKD,
+            blocks,
+            batch.num_slots,
+            fixed_shape=fixed_shape,
+            compiled=self.hparams.compile_drafter,
         )
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:

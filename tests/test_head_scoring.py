@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -51,6 +53,28 @@ def test_chunks_equal_the_dense_twin_forward_and_backward(variant, chunk_rows):
     with torch.no_grad():
         without_graph = score_slots(head, hidden, labels, chunk_rows)
     assert torch.equal(without_graph.log_prob, scores.log_prob)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_the_compiler_is_given_scores_alike(monkeypatch, variant, dtype):
+    fold = torch.compile(partial(head_module._fold, in_place=False), backend="aot_eager")
+    monkeypatch.setattr(head_module, "_compiled_fold", lambda: fold)
+    head = make_head(**VARIANTS[variant], dtype=dtype)
+    hidden = torch.randn(20, 7, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 23, (20,))
+    upstream = torch.randn(20, dtype=torch.float64)
+    found = {}
+    for compiled in (False, True):
+        scores = score_slots(head, hidden, labels, 6, compiled=compiled)
+        (grad,) = torch.autograd.grad((scores.log_prob * upstream).sum(), hidden)
+        found[compiled] = (scores.log_prob, scores.correct, grad)
+        assert torch.equal(
+            score_slots(head, hidden.detach(), labels, 6, compiled=compiled).log_prob,
+            scores.log_prob,
+        )
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("variant", ["plain", "all"])
