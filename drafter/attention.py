@@ -117,7 +117,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | N
         visibility: None lets every query see every key (one block at inference).
     """
     if visibility is not None and visibility.flex is not None:
-        out: Tensor = _compiled_flex()(query, key, value, block_mask=visibility.flex)
+        compiling = torch.compiler.is_compiling()  # then it becomes a part of what is compiled
+        flex = _flex_module().flex_attention if compiling else _compiled_flex()
+        out: Tensor = flex(query, key, value, block_mask=visibility.flex, enable_gqa=True)
         return out
     groups = query.shape[1] // key.shape[1]
     # SDPA's fused kernels refuse a mask together with enable_gqa
@@ -185,7 +187,7 @@ def _compiled_create_block_mask() -> Callable[..., Any]:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    flex = functools.partial(_flex_module().flex_attention, enable_gqa=True)
+    flex: Callable[..., Any] = _flex_module().flex_attention
     if not torch.cuda.is_available():
         return flex  # uncompiled flex on a CPU is the slow reference that tests use
     # under DDP dynamo would look for weights to split what it compiles by: here are none

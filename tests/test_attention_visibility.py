@@ -151,3 +151,15 @@ def test_invalid_and_padded_blocks_give_finite_gradients():
     out.sum().backward()
     assert torch.isfinite(out).all()
     assert all(torch.isfinite(p.grad).all() for p in drafter.parameters())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_a_compiled_drafter_is_one_graph(attention):
+    drafter = small_drafter()
+    anchors, positions = torch.tensor([[8, 11]]), torch.arange(32).unsqueeze(0)
+    visibility = build_visibility(anchors, torch.zeros(1, 32).long(), 8, attention)
+    slots = anchors.unsqueeze(-1) + torch.arange(8)
+    given = (torch.randn(1, 32, 64), positions, torch.randn(1, 2, 8, 32), slots, visibility)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # a CPU's flex has no gradient
+        found = torch._dynamo.explain(drafter)(*given)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)

@@ -31,7 +31,7 @@ class Watch(Callback):
         self.shapes = max(self.shapes, 0 if module._graphs is None else len(module._graphs))
 
 
-def train(folder, rows, target, recorded, attention, precision, accumulate):
+def train(folder, rows, target, recorded, attention, precision, accumulate, compiled=False):
     seed_everything(0)
     datamodule = OnlineHiddenStates(
         target=folder,
@@ -45,7 +45,12 @@ def train(folder, rows, target, recorded, attention, precision, accumulate):
     datamodule.use_target(target)
     watch = Watch()
     module = DrafterModule(
-        num_layers=2, num_taps=2, attention=attention, cuda_graphs=recorded, learning_rate=1e-4
+        num_layers=2,
+        num_taps=2,
+        attention=attention,
+        cuda_graphs=recorded,
+        compile_drafter=compiled,
+        learning_rate=1e-4,
     )
     Trainer(
         accelerator="gpu",
@@ -65,10 +70,16 @@ def train(folder, rows, target, recorded, attention, precision, accumulate):
 
 
 @pytest.mark.parametrize(
-    ("attention", "precision", "accumulate"),
-    [("sdpa", "32-true", 1), ("sdpa", "bf16-mixed", 2), ("flex", "bf16-mixed", 1)],
+    ("attention", "precision", "accumulate", "compiled"),
+    [
+        ("sdpa", "32-true", 1, False),
+        ("sdpa", "bf16-mixed", 2, False),
+        ("flex", "bf16-mixed", 1, False),
+        ("sdpa", "bf16-mixed", 1, True),
+        ("flex", "bf16-mixed", 1, True),
+    ],
 )
-def test_recorded_runs_learn_the_same(tmp_path, attention, precision, accumulate):
+def test_recorded_runs_learn_the_same(tmp_path, attention, precision, accumulate, compiled):
     rows = tmp_path / "rows.jsonl"
     generator = torch.Generator().manual_seed(0)
     with rows.open("w") as file:
@@ -80,7 +91,7 @@ def test_recorded_runs_learn_the_same(tmp_path, attention, precision, accumulate
     target = Target.load(folder, device="cuda")
     settings = (attention, precision, accumulate)
     plain, expected = train(folder, rows, target, False, *settings)
-    watch, found = train(folder, rows, target, True, *settings)
+    watch, found = train(folder, rows, target, True, *settings, compiled)
     assert plain.shapes == 0
     assert watch.shapes >= 2
     loose = precision != "32-true"
