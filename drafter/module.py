@@ -172,7 +172,16 @@ class DrafterModule(LightningModule):
                 f"attention: flex trains on CUDA only, and this run is on {device.type}; use "
                 "attention: auto or sdpa."
             )
-        self.attach(self.trainer.datamodule.target)  # type: ignore[attr-defined]
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.attach(datamodule.target)
+        assert self.drafter is not None
+        ours = self.drafter.config.block_size
+        counted = getattr(datamodule, "block_size", ours)
+        if stage != "predict" and counted != ours:
+            raise UserError(
+                f"The data counts slots for blocks of {counted}, the drafter drafts {ours}; give "
+                "both the same block_size (train.py does so by itself)."
+            )
 
     def configure_model(self) -> None:
         """Shards the drafter if the strategy asks for it, and compiles it; once."""

@@ -7,8 +7,12 @@ import re
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
-from tests.runs import cli
+from data.online import OnlineHiddenStates
+from drafter.errors import UserError
+from drafter.module import DrafterModule
+from tests.runs import cli, config
 
 
 def write(path, rows):
@@ -125,3 +129,11 @@ def test_out_of_memory_names_the_knobs(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     for knob in ("data.batch_size", "data.num_anchors", "data.max_length", "7.00 GiB"):
         assert knob in error
+
+
+def test_data_made_for_another_block_size_is_refused(tmp_path):
+    settings = config(tmp_path)
+    datamodule = OnlineHiddenStates(**settings["data"], block_size=8)
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match="slots for blocks of 8, the drafter drafts 4"):
+        trainer.fit(DrafterModule(**settings["model"]), datamodule)
