@@ -219,7 +219,8 @@ def memory_advice() -> Iterator[None]:
             f"out of memory ({str(error).splitlines()[0]}). Lower --data.batch_size (with "
             "--trainer.accumulate_grad_batches to keep the step's size), --data.num_anchors or "
             "--data.max_length; --data.keep_in_memory false, or --data.cache, frees what features "
-            "take. `--ckpt_path last` goes on from the last checkpoint."
+            "take, and --model.cuda_graphs false what recorded steps do. `--ckpt_path last` goes "
+            "on from the last checkpoint."
         ) from error
 
 

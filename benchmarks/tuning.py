@@ -1,4 +1,4 @@
-"""Trains one recipe after another and keeps the accepted length of each epoch on held-out prompts.
+"""Trains one recipe after another and keeps every accepted length that it measured, held out.
 
 python -m benchmarks.tuning run configs/tuning/screening.yaml --output tuning.jsonl --budget 560 \\
     -- --data.train_data aligned.jsonl.gz
@@ -34,11 +34,6 @@ from drafter.files import write_atomic
 from evaluate import train_row, where_and_when
 
 LENGTH = "val/accepted_length"
-
-
-def scalars(run_dir: Path, tag: str) -> list[float]:
-    """Returns a run's logged values, first to last."""
-    return [value for _, value in logged(run_dir, tag)]
 
 
 def read(output: Path) -> list[dict[str, Any]]:
@@ -102,12 +97,14 @@ def train(row: Row, options: argparse.Namespace, run_dir: Path) -> dict[str, Any
     begun = time.perf_counter()
     train_row(row.arguments(options.seed, options.overrides), run_dir)
     seconds = time.perf_counter() - begun
+    epoch_at, lengths = dict(logged(run_dir, "epoch")), logged(run_dir, LENGTH)
     return {
         "flags": dict(row.flags),
         "configs": list(row.configs),
         "overrides": options.overrides,
-        "lengths": scalars(run_dir, LENGTH),
-        "loss": scalars(run_dir, "train/cross_entropy")[-1:],
+        "epochs": [int(epoch_at.get(step, 0)) + 1 if step else 0 for step, _ in lengths],
+        "lengths": [length for _, length in lengths],
+        "loss": [loss for _, loss in logged(run_dir, "train/cross_entropy")[-1:]],
         "seconds": seconds,  # of the last piece
         "resumed": resumed,
     }
@@ -124,18 +121,20 @@ def show(options: argparse.Namespace) -> list[str]:
     lines = [line for line in lines if not options.grid or line["grid"] in options.grid]
     if not lines:
         raise UserError(f"{', '.join(options.results)}: no recipe is there.")
-    epochs = max(len(line["lengths"]) for line in lines)
-    head = ["recipe", "seed", "best", *map(str, range(epochs)), "seconds"]
+    epochs = sorted({epoch for line in lines for epoch in line["epochs"]})
+    head = ["recipe", "seed", "best", *[f"epoch {epoch}" for epoch in epochs], "seconds"]
+    measured = [dict(zip(line["epochs"], line["lengths"], strict=True)) for line in lines]
     body = [
         [
             line["row"],
             str(line["seed"]),
             f"{best(line):.3f}",
-            *[f"{length:.3f}" for length in line["lengths"]],
-            *[""] * (epochs - len(line["lengths"])),
+            *[f"{found[epoch]:.3f}" if epoch in found else "" for epoch in epochs],
             f"{line['seconds']:.0f}",
         ]
-        for line in sorted(lines, key=lambda line: -max([0.0, *line["lengths"]]))
+        for line, found in sorted(
+            zip(lines, measured, strict=True), key=lambda one: -max([0.0, *one[0]["lengths"]])
+        )
     ]
     print("\n".join(markdown_rows(head, body)))
     if options.plot:
@@ -150,9 +149,8 @@ def plot(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     fig, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     colours = plt.get_cmap("viridis", max(2, len(lines)))
     for place, line in enumerate(sorted(lines, key=lambda line: -line["lengths"][-1])):
-        # the first value is from before training
         ax.plot(
-            range(len(line["lengths"])),
+            line["epochs"],
             line["lengths"],
             color=colours(place),
             marker=".",
@@ -163,7 +161,8 @@ def plot(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     ax.set_ylabel("accepted length, held-out prompts")
     ax.set_title(title)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if lines:
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

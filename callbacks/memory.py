@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from drafter.attention import choose_attention
-from drafter.memory import MemoryEstimate, StepSizes, estimate_step
+from drafter.memory import MemoryEstimate, StepSizes, estimate_step, logit_buffers
 from drafter.sharding import is_sharded
 
 ROOM = 0.9
@@ -40,6 +40,8 @@ class MemoryReport(Callback):
             torch.cuda.empty_cache()
             free, whole = torch.cuda.mem_get_info(device)
             shown += f"; {free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
+            if pl_module.hparams.cuda_graphs:
+                shown += "; recorded steps (model.cuda_graphs) take two to four times as much"
             if needed > ROOM * free:
                 shown += (
                     f"\n[memory] WARNING: a step of the longest rows may not fit. {advice} "
@@ -103,7 +105,6 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
     copies = 1
     if isinstance(strategy, DDPStrategy):
         copies += not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
-    buffers = 5 if head.softcap else 3 if head.bias is not None or head.scale != 1.0 else 2
     estimate = estimate_step(
         drafter.config,
         StepSizes(
@@ -116,7 +117,7 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
             feature_bytes=head.weight.element_size(),
             attention=attention,
             device="cuda" if device.type == "cuda" else "cpu",
-            logit_buffers=buffers,
+            logit_buffers=logit_buffers(head),
             gradient_copies=copies,
         ),
     )

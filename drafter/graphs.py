@@ -12,9 +12,8 @@ next begins.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -38,25 +37,41 @@ READ = ("input_ids", "supervised", "document_ids", "positions", "anchors", "hidd
 class Recorder(Protocol):
     """Records what a function does on the device, to be done again."""
 
+    def rehearse(self, work: Callable[[], None]) -> None:
+        """Does `work` where it will be recorded: a first time may compile, or choose kernels."""
+        ...
+
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """Returns what does `work` again; whether it was done while it was recorded is open."""
         ...
 
 
 class CudaRecorder:
-    """Records CUDA graphs into one pool of memory."""
+    """Records CUDA graphs into one pool of memory, on one stream."""
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: Any = None
 
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See `Recorder`; `work` must have run once before (compilers wait for the device)."""
+    def rehearse(self, work: Callable[[], None]) -> None:
+        """See `Recorder`."""
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        # an old autograd graph that only a cycle keeps would tie the parameters' gradients to the
+        # default stream, which nothing recorded may wait for
+        gc.collect()
+        # while it records, the allocator can't take back what it keeps for other streams
+        torch.cuda.empty_cache()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Recorder`; `work` must have been rehearsed."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # not `torch.cuda.graph`: it empties the allocator's cache, which the next step fills again
+        # not `torch.cuda.graph`, which empties the cache again and collects garbage
         with torch.cuda.stream(self._stream):
             # thread_local: the loader's thread that page-locks batches may go on meanwhile
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -126,8 +141,6 @@ class StepGraphs:
             if shape not in self._seen or len(self._recorded) >= MOST_GRAPHS:
                 self._seen.add(shape)
                 return self._forward(batch)
-            if not self._recorded and batch.anchors.is_cuda:
-                torch.cuda.empty_cache()  # what steps took so far, graphs take again
             recording = _Recording(
                 self._forward,
                 self._parameters,
@@ -188,17 +201,13 @@ class _Recording:
             # the graph, and with it the stream that it was made on, must not outlive its use
             self.scores.log_prob = self.scores.log_prob.detach()
 
-        self.take(batch)
-        side = None
-        if batch.anchors.is_cuda:
-            # an old autograd graph that only a cycle keeps would tie the parameters' gradients to
-            # the default stream, which nothing recorded may wait for
-            gc.collect()
-            side = torch.cuda.Stream()
-        with _on(side):
+        def both() -> None:
             ahead()
             self.upstream = torch.zeros_like(self.scores.log_prob, requires_grad=False)
             back()
+
+        self.take(batch)
+        recorder.rehearse(both)
         self.ahead = recorder(ahead)
         self.back = recorder(back)
 
@@ -206,18 +215,6 @@ class _Recording:
         """Copies a batch to where the recorded kernels read it."""
         for name in READ:
             getattr(self._place, name).copy_(getattr(batch, name), non_blocking=True)
-
-
-@contextlib.contextmanager
-def _on(side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Works on another stream than the default one, as recording does; on a CPU just works."""
-    if side is None:
-        yield
-        return
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
-    torch.cuda.current_stream().wait_stream(side)
 
 
 class _Replay(torch.autograd.Function):

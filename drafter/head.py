@@ -25,8 +25,8 @@ from drafter.blocks import Blocks
 from losses.scores import BlockScores
 
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 23}
-"""Most logits held at once, by device: 2^26 fp32 values are 256 MiB, and about two such buffers
-live together. A CPU is faster with chunks that stay near its caches."""
+"""Most logits held at once, by device: 2^26 fp32 values are 256 MiB, and `logit_buffers` of
+`drafter.memory` such buffers live together. A CPU is faster with chunks near its caches' size."""
 
 
 class SlotScores(NamedTuple):
@@ -101,7 +101,7 @@ def score_slots(
         hidden_TD: (T, D) drafter states after its final norm; T may be 0.
         labels_T: (T,) int64 token ids.
         chunk_rows: Slots per chunk; default by `CHUNK_ELEMENTS`.
-        compiled: Let torch.compile make one kernel of the work between the matrix products.
+        compiled: Let torch.compile fuse the work between the matrix products.
     """
     how = _How(chunk_rows or head.chunk_rows(), _compiled_fold() if compiled else _fold)
     if hidden_TD.requires_grad and torch.is_grad_enabled():
@@ -145,17 +145,28 @@ def _score(
     slope_TD = torch.empty_like(hidden_TD) if with_slope else hidden_TD.new_empty(0)
     for start in range(0, len(labels_T), how.chunk_rows):
         part = slice(start, start + how.chunk_rows)
-        labels_C1 = labels_T[part].unsqueeze(-1)
-        logits_CV = head.logits(hidden_TD[part])
-        label_logit_C1 = logits_CV.gather(-1, labels_C1)
-        top_C1, top_id_C1, total_C1, *weights = how.fold(
-            logits_CV, head.softcap, head.weight.dtype if with_slope else None
+        log_prob_T[part], correct_T[part], *slope = _score_chunk(
+            head, hidden_TD[part], labels_T[part].unsqueeze(-1), how, with_slope
         )
-        log_prob_T[part] = (label_logit_C1 - top_C1 - total_C1.log()).squeeze(-1)
-        correct_T[part] = (top_id_C1 == labels_C1).squeeze(-1)
         if with_slope:
-            slope_TD[part] = _slope(head, weights[0], total_C1, labels_C1, label_logit_C1)
+            slope_TD[part] = slope[0]
     return log_prob_T, correct_T, slope_TD
+
+
+def _score_chunk(
+    head: FrozenHead, hidden_CD: Tensor, labels_C1: Tensor, how: _How, with_slope: bool
+) -> tuple[Tensor, ...]:
+    """As `_score`, of one chunk: its logits are gone before the next one's are made."""
+    logits_CV = head.logits(hidden_CD)
+    label_logit_C1 = logits_CV.gather(-1, labels_C1)
+    top_C1, top_id_C1, total_C1, *weights = how.fold(
+        logits_CV, head.softcap, head.weight.dtype if with_slope else None
+    )
+    log_prob_C1 = label_logit_C1 - top_C1 - total_C1.log()
+    scores = log_prob_C1.squeeze(-1), (top_id_C1 == labels_C1).squeeze(-1)
+    if not with_slope:
+        return scores
+    return *scores, _slope(head, weights[0], total_C1, labels_C1, label_logit_C1)
 
 
 def _fold(

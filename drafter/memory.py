@@ -7,7 +7,8 @@ chunk of the head.
 The peak is at the end of the forward pass, while the head scores a chunk: all that the backward
 pass will read is there by then, and so are the gradients of the step before, which Lightning drops
 just before the backward pass. Not counted: target and kept features, the target's own pass over a
-batch, the CUDA context, fragments, and what `compile_drafter` or `log_gradient_norms_every` change.
+batch, the CUDA context, fragments, and what `compile_drafter`, `cuda_graphs` (two to four steps'
+memory) or `log_gradient_norms_every` change.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from drafter.config import DrafterConfig
+from drafter.head import FrozenHead
 
 FP32 = 4  # bytes of a weight, a statistic and the residual stream, whatever the precision
 
@@ -43,8 +45,7 @@ class StepSizes:
         attention: What `choose_attention` gives for these sizes.
         device: Kernels differ in what they keep. CUDA's RMSNorm keeps its input, the CPU's its
             normalised input too; under autocast CUDA's returns fp32, the CPU's its input's dtype.
-        logit_buffers: Chunks of fp32 logits that live together: 2; 3 with a head's bias or scale,
-            5 with soft-capping.
+        logit_buffers: Chunks of fp32 logits that live together, see `logit_buffers`.
         gradient_copies: 1; 2 under DDP without `gradient_as_bucket_view`.
     """
 
@@ -57,7 +58,7 @@ class StepSizes:
     feature_bytes: int = FP32
     attention: Literal["sdpa", "flex"] = "sdpa"
     device: Literal["cuda", "cpu"] = "cuda"
-    logit_buffers: int = 2
+    logit_buffers: float = 1.5
     gradient_copies: int = 1
 
 
@@ -170,6 +171,16 @@ def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:
     return int(sizes.rows * row)
 
 
+def logit_buffers(head: FrozenHead) -> float:
+    """Returns how many chunks of fp32 logits live together while a head scores one."""
+    if head.softcap is not None:
+        return 3.0
+    if head.bias is not None or head.scale != 1.0:
+        return 2.0
+    # the exponentials take the logits' place; a low-precision head's product needs a copy of them
+    return 1.0 + (head.weight.element_size() % FP32) / FP32
+
+
 def saved_scoring(config: DrafterConfig, sizes: StepSizes) -> int:
     """Returns the bytes that `score_blocks` keeps: a slope, an index and log q per slot."""
     scored = sizes.rows * sizes.anchors * config.num_drafted
@@ -181,10 +192,8 @@ def _scoring_peak(config: DrafterConfig, sizes: StepSizes) -> int:
     hidden, _, kv, _ = _widths(config)
     scored = sizes.rows * sizes.anchors * config.num_drafted
     states = FP32 * hidden * (sizes.rows * sizes.anchors * config.block_size + 2 * scored)
-    chunk = FP32 * sizes.logit_buffers  # per logit; the chunk before dies when the next is there
-    if scored <= sizes.chunk_rows:  # no chunk before: a copy for a bf16 head is all there is
-        chunk += sizes.feature_bytes % FP32 - FP32
-    chunk *= min(scored, sizes.chunk_rows) * sizes.vocab_size
+    logits = min(scored, sizes.chunk_rows) * sizes.vocab_size
+    chunk = FP32 * sizes.logit_buffers * logits
     # the context's keys and values, as encoded, live until the last layer is done
     encoded = config.num_hidden_layers * 2 * sizes.compute_bytes * kv * sizes.rows * sizes.tokens
     return int(max(states + chunk, encoded - saved_scoring(config, sizes)))

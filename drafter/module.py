@@ -196,6 +196,8 @@ class DrafterModule(LightningModule):
                 )
             shard(self.drafter, mesh)
         if self.hparams.compile_drafter:
+            # dynamo would split what it compiles by DDP's buckets, and can't with flex_attention
+            torch._dynamo.config.optimize_ddp = False
             self.drafter.compile()  # in place: state-dict keys stay as they are
 
     def whole_drafter(self) -> Drafter:
@@ -410,9 +412,11 @@ class DrafterModule(LightningModule):
         As host numbers: Lightning converts the bar's numbers after every step, logged or not, and
         would wait for the device each time.
         """
-        for name, value in self._for_bar.items():
-            self.log(name, value.cpu(), prog_bar=True, logger=False)
-        self._for_bar = {}
+        if self._for_bar:
+            numbers = torch.stack(list(self._for_bar.values())).cpu()
+            for name, value in zip(self._for_bar, numbers, strict=True):
+                self.log(name, value, prog_bar=True, logger=False)
+            self._for_bar = {}
 
     def on_validation_epoch_start(self) -> None:
         """Forgets sums of an interrupted validation."""

@@ -18,10 +18,12 @@ def test_compiled_scores_are_the_eager_ones(softcap):
     torch.manual_seed(0)
     vocab, width, slots = 49_152, 576, 3_000  # two whole chunks and a rest
     weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16) * 0.05
+    weight[vocab // 2 :] = weight[: vocab // 2]  # every maximum is a tie
     head = FrozenHead(weight, softcap=softcap)
     hidden = torch.randn(slots, width, device="cuda", requires_grad=True)
     labels = torch.randint(0, vocab, (slots,), device="cuda")
-    labels[:1000] = head.logits(hidden[:1000]).argmax(-1)
+    labels[:1000] = head.logits(hidden[:1000])[:, : vocab // 2].argmax(-1)
+    labels[1000:2000] = head.logits(hidden[1000:2000])[:, : vocab // 2].argmax(-1) + vocab // 2
     found, peaks = {}, {}
     for compiled in (False, True):
         for _ in range(2):  # the compiler's own buffers go
@@ -35,5 +37,6 @@ def test_compiled_scores_are_the_eager_ones(softcap):
     torch.testing.assert_close(log_prob, found[False][0], rtol=1e-5, atol=1e-4)
     assert torch.equal(correct, found[False][1])
     assert correct[:1000].all()
+    assert not correct[1000:2000].any()
     torch.testing.assert_close(grad, found[False][2], rtol=2e-2, atol=2e-3)
     assert peaks[True] <= 1.05 * peaks[False]

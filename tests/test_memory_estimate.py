@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from callbacks.memory import MemoryReport
@@ -22,12 +22,13 @@ from drafter import head as head_module
 from drafter.attention import build_visibility
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.config import DrafterConfig
-from drafter.head import FrozenHead, score_blocks
+from drafter.head import FrozenHead, score_blocks, score_slots
 from drafter.memory import (
     MemoryEstimate,
     StepSizes,
     count_weights,
     estimate_step,
+    logit_buffers,
     saved_activations,
     saved_scoring,
 )
@@ -91,6 +92,7 @@ class Step:
             feature_bytes=dtype.itemsize,
             attention=attention,
             device=device,
+            logit_buffers=logit_buffers(self.head),
         )
 
     def forward(self):
@@ -271,6 +273,27 @@ def test_the_total_is_the_peak_of_a_step(monkeypatch, shape, chunk):
     estimate = estimate_step(step.config, step.sizes)
     real = live.peak + estimate.weights + estimate.features  # which no operation made
     assert estimate.total == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "head", [{}, {"bias": True}, {"scale": 0.5}, {"softcap": 30.0}], ids=lambda head: str(*head)
+)
+def test_how_many_chunks_of_logits_live_together(monkeypatch, head, dtype):
+    def matmul(left, right):  # as on CUDA: the product comes in fp32, without a copy in between
+        out = torch.empty(len(left), right.shape[1])
+        with _disable_current_modes():
+            return out.copy_(left @ right)
+
+    monkeypatch.setattr(head_module, "_matmul_fp32", matmul)
+    chunk, vocab, width = 256, 4096, 8
+    bias = torch.randn(vocab, dtype=dtype) if head.get("bias") else None
+    rest = {name: value for name, value in head.items() if name != "bias"}
+    frozen = FrozenHead(torch.randn(vocab, width, dtype=dtype), bias=bias, **rest)
+    hidden = torch.randn(4 * chunk, width, requires_grad=True)
+    with Live() as live:
+        score_slots(frozen, hidden, torch.zeros(len(hidden), dtype=torch.long), chunk)
+    assert live.peak / (4 * chunk * vocab) == pytest.approx(logit_buffers(frozen), abs=0.1)
 
 
 def test_the_parts_in_words():

@@ -22,7 +22,7 @@ pytestmark = [
 
 LOGS_EVERY = 7
 STRICT = range(7, 13)
-"""After so many steps: the first logged one is over, the next not yet there."""
+"""Steps done before: the first logged one is over, hooks and all, the next not yet there."""
 
 
 class RefuseToWait(Callback):
@@ -33,11 +33,11 @@ class RefuseToWait(Callback):
 
     def on_train_batch_start(self, trainer, *_):
         Asked.step = trainer.global_step
+        self.steps += trainer.global_step in STRICT
+        torch.cuda.set_sync_debug_mode("error" if trainer.global_step in STRICT else "default")
 
     def on_train_batch_end(self, trainer, module, *_):
         self.recorded = 0 if module._graphs is None else len(module._graphs)
-        self.steps += trainer.global_step in STRICT
-        torch.cuda.set_sync_debug_mode("error" if trainer.global_step in STRICT else "default")
 
 
 class Asked(Arriving):

@@ -15,7 +15,7 @@ def bars(run):
 
 
 class Shown(Callback):
-    """Keeps what the bar shows after every step."""
+    """Keeps what bars are given before every step: what the step before left."""
 
     def __init__(self):
         self.shown = []

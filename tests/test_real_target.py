@@ -97,7 +97,7 @@ def shipped_prompts(target, limit):
 
 
 def test_greedy_text_is_exact_and_replay_equals_the_loop_on_real_prompts(target):
-    check(target, shipped_prompts(target, 20), 24, taught=3, steps=12)
+    check(target, shipped_prompts(target, 20), 16, taught=3, steps=10)
 
 
 @pytest.mark.slow

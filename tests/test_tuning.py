@@ -28,7 +28,7 @@ def trained(tmp_path, monkeypatch):
         if row.name in refused:
             raise SystemExit(refused[row.name])
         seconds = 10.0 * row.flags["trainer.max_epochs"]
-        return {"lengths": lengths, "seconds": seconds, "resumed": False}
+        return {"epochs": [0, 1, 2], "lengths": lengths, "seconds": seconds, "resumed": False}
 
     monkeypatch.setattr(tuning, "train", train)
     return names
@@ -64,7 +64,7 @@ def test_a_recipe_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monk
             raise SystemExit(143)
 
     monkeypatch.setattr(tuning, "train_row", train_row)
-    monkeypatch.setattr(tuning, "scalars", lambda *_: [])
+    monkeypatch.setattr(tuning, "logged", lambda *_: [])
     for _ in range(2):
         with pytest.raises(SystemExit):
             run(tmp_path, "--work", str(tmp_path / "work"))
@@ -106,7 +106,7 @@ def test_the_table_has_the_longest_first_and_the_plot_is_a_picture(tmp_path, tra
     plot = tmp_path / "plot.png"
     tuning.main(["show", str(tmp_path / "out.jsonl"), "--plot", str(plot)])
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "| recipe | seed | best | 0 | 1 | 2 | seconds |"
+    assert table[0] == "| recipe | seed | best | epoch 0 | epoch 1 | epoch 2 | seconds |"
     assert table[2] == "| short | 0 | 1.500 | 1.000 | 1.500 | 1.300 | 10 |"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
