@@ -5,8 +5,10 @@ logged values, several ranks and gradient accumulation. `CombinedLoss` adds the 
 here reads a tensor's value on the host, except the prefix check of `BlockScores` on a CPU.
 """
 
+from losses.accept_until_fail import AcceptUntilFail
 from losses.chain import Chain
 from losses.combined import CombinedLoss, LossOutput, WeightedTerm
+from losses.dpace import DPace
 from losses.first_error import FirstErrorFocal
 from losses.positional import PositionalCrossEntropy
 from losses.ratio import Ratio, Term
@@ -14,9 +16,11 @@ from losses.schedule import Schedule
 from losses.scores import BlockScores
 
 __all__ = [
+    "AcceptUntilFail",
     "BlockScores",
     "Chain",
     "CombinedLoss",
+    "DPace",
     "FirstErrorFocal",
     "LossOutput",
     "PositionalCrossEntropy",

@@ -14,7 +14,7 @@ from torch import Tensor
 from losses.ratio import Ratio, Term
 from losses.scores import BlockScores
 
-Normalize = Literal["block", "valid"]
+Normalize = Literal["block", "valid", "none"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Chain(Term):
 
     Args:
         normalize: What a block's sum is divided by: `block` is N for partial blocks too (the
-            paper's), `valid` the block's own number of valid slots.
+            paper's), `valid` the block's own number of valid slots, `none` leaves the expected
+            match length itself, which streak distillation maximises (arXiv 2511.00606, on
+            responses of the target).
 
     Raises:
-        ValueError: normalize is neither.
+        ValueError: normalize is none of these.
 
     Example:
         >>> half = torch.full((1, 2), 0.5).log()
@@ -42,19 +44,20 @@ class Chain(Term):
     normalize: Normalize = "block"
 
     def __post_init__(self) -> None:
-        if self.normalize not in ("block", "valid"):
+        if self.normalize not in ("block", "valid", "none"):
             raise ValueError(
-                f"The chain is normalised by {self.normalize!r}; choose 'block' or 'valid'."
+                f"The chain is normalised by {self.normalize!r}; choose 'block', 'valid' or 'none'."
             )
 
     def __call__(self, scores: BlockScores) -> Ratio:
-        """Returns the sum of the blocks' means, and how many blocks have a valid slot."""
+        """Returns the blocks' sum, normalised, and how many blocks have a valid slot."""
         prefix_MN = scores.valid_log_prob.cumsum(dim=1)  # log space: products would underflow
         match_M = torch.where(scores.valid, prefix_MN.exp(), 0.0).sum(dim=1)
         if self.normalize == "valid":
             numerator = (match_M / scores.valid.sum(dim=1).clamp(min=1)).sum()
         else:
-            numerator = match_M.sum() / scores.valid.shape[1]
+            slots = scores.valid.shape[1] if self.normalize == "block" else 1
+            numerator = match_M.sum() / slots
         return Ratio(numerator, scores.valid[:, 0].sum().to(numerator.dtype))
 
     def window_denominator(self, counts_N: Tensor) -> Tensor:

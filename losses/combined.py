@@ -73,8 +73,8 @@ class CombinedLoss:
         alpha_chain: Weight of the chain term R, which is subtracted; 0 switches it off.
         focal_modulation: Exponent g of a factor (1 - q)^g on the focal loss; 0 for none.
         focal_positional: Multiply the focal loss by the positional weight of the first error.
-        chain_normalize: Divide a block's chain by its drafted slots (`block`, the paper's) or by
-            its valid slots (`valid`).
+        chain_normalize: Divide a block's chain by its drafted slots (`block`, the paper's), by its
+            valid slots (`valid`), or not at all (`none`).
         focal_schedule: Factor on alpha_focal over the run.
         chain_schedule: Factor on alpha_chain over the run.
         extra: More terms by name, each with its weight and schedule.

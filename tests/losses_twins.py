@@ -86,9 +86,47 @@ def chain(scores: BlockScores, normalize: str = "block") -> tuple[Tensor, float]
             for j in range(1, k + 1):
                 product = product * scores.log_prob[m, j - 1].double().exp()
             block_sum = block_sum + product
-        length = scores.valid.shape[1] if normalize == "block" else len(positions)
+        length = {"block": scores.valid.shape[1], "valid": len(positions), "none": 1}[normalize]
         numerator = numerator + block_sum / length
         denominator += 1
+    return numerator, denominator
+
+
+def dpace(scores: BlockScores, smoothing: float = 0.5, part: str = "both") -> tuple[Tensor, float]:
+    """(numerator, denominator) of D-PACE; weights are plain numbers, so nothing flows into them."""
+    numerator, denominator = nothing(scores), 0.0
+    for m in range(len(scores.valid)):
+        positions = valid_positions(scores, m)
+        smooth = {
+            k: (1 - smoothing) * math.exp(scores.log_prob[m, k - 1].item()) + smoothing
+            for k in positions
+        }
+        for j in positions:
+            before = math.prod(smooth[i] for i in positions if i <= j)
+            behind = [
+                math.prod(smooth[i] for i in positions if j < i <= last)
+                for last in positions
+                if last >= j
+            ]
+            factor = {
+                "both": before * sum(behind),
+                "prefix": before,
+                "continuation": sum(behind),
+            }[part]
+            numerator = numerator + factor * -scores.log_prob[m, j - 1].double()
+        denominator += bool(positions)
+    return numerator, denominator
+
+
+def accept_until_fail(scores: BlockScores) -> tuple[Tensor, float]:
+    """(numerator, denominator) of cross-entropy up to the first error."""
+    numerator, denominator = nothing(scores), 0.0
+    for m in range(len(scores.valid)):
+        for k in valid_positions(scores, m):
+            numerator = numerator - scores.log_prob[m, k - 1].double()
+            denominator += 1
+            if not bool(scores.correct[m, k - 1]):
+                break
     return numerator, denominator
 
 

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from losses import BlockScores, Chain, CombinedLoss, FirstErrorFocal, PositionalCrossEntropy
+from losses import (
+    BlockScores,
+    Chain,
+    CombinedLoss,
+    DPace,
+    FirstErrorFocal,
+    PositionalCrossEntropy,
+)
 from losses.ratio import Ratio
 from tests import losses_twins as twins
 
@@ -168,7 +175,7 @@ BAD_SETTINGS = [
     ({"alpha_focal": -0.1}, "alpha_focal is -0.1"),
     ({"alpha_chain": math.inf}, "alpha_chain is inf"),
     ({"focal_modulation": -1.0}, "modulation is -1.0"),
-    ({"chain_normalize": "none"}, "normalised by 'none'"),
+    ({"chain_normalize": "slots"}, "normalised by 'slots'"),
     ({"extra": {"chain": Chain()}}, "called 'chain'"),
     ({"extra": {"more": Chain()}}, "give a WeightedTerm"),
 ]
@@ -185,3 +192,10 @@ def test_a_negative_gamma_is_refused_by_the_term_itself():
         PositionalCrossEntropy(-4.0)
     with pytest.raises(ValueError, match="gamma is -4"):
         FirstErrorFocal(positional_gamma=-4.0)
+
+
+def test_what_dpace_can_not_be_is_refused():
+    with pytest.raises(ValueError, match=r"smoothing is 1\.5; give a number from 0 to 1"):
+        DPace(1.5)
+    with pytest.raises(ValueError, match="part is 'suffix'"):
+        DPace(part="suffix")

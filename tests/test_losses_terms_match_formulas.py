@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from losses import BlockScores, Chain, CombinedLoss, FirstErrorFocal, PositionalCrossEntropy
+from losses import (
+    AcceptUntilFail,
+    BlockScores,
+    Chain,
+    CombinedLoss,
+    DPace,
+    FirstErrorFocal,
+    PositionalCrossEntropy,
+)
 from losses.positional import positional_weights
 from tests import losses_twins as twins
 
@@ -25,6 +33,15 @@ TERMS = {
     ),
     "chain": (Chain(), twins.chain),
     "chain_by_valid": (Chain("valid"), lambda s: twins.chain(s, "valid")),
+    "streak": (Chain("none"), lambda s: twins.chain(s, "none")),
+    "accept_until_fail": (AcceptUntilFail(), twins.accept_until_fail),
+    "dpace": (DPace(), twins.dpace),
+    "dpace_unsmoothed": (DPace(0.0), lambda s: twins.dpace(s, 0.0)),
+    "dpace_prefix": (DPace(part="prefix"), lambda s: twins.dpace(s, part="prefix")),
+    "dpace_continuation": (
+        DPace(0.2, "continuation"),
+        lambda s: twins.dpace(s, 0.2, "continuation"),
+    ),
 }
 ALL_TERMS = pytest.mark.parametrize("name", TERMS)
 
@@ -48,7 +65,8 @@ def test_value_and_gradient_are_those_of_the_loop(name, seed, dtype):
     )
 
 
-@ALL_TERMS
+# D-PACE's weights move with the probabilities, but are not differentiated
+@pytest.mark.parametrize("name", [name for name in TERMS if not name.startswith("dpace")])
 def test_gradient_is_that_of_finite_differences(name):
     term, _ = TERMS[name]
     scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=3)
@@ -89,22 +107,31 @@ def test_focal_selection_is_not_differentiated_and_touches_one_slot_of_a_block()
     assert not scores.correct[touched].any()
 
 
-def dpace_weights(probs):
-    """D-PACE's w_j = sum_{m>=j} prod_{i<=m} q~_i without smoothing: q~ = q (a = 0)."""
-    return [sum(math.prod(probs[: m + 1]) for m in range(j, len(probs))) for j in range(len(probs))]
-
-
-def test_chain_gradient_is_dpace_weights_over_n():
+def test_chain_gradient_is_that_of_unsmoothed_dpace_over_n():
     scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=7)
-    blocks = sum(length > 0 for length in LENGTHS)
-    expected = torch.zeros_like(scores.log_prob)
-    for m, length in enumerate(LENGTHS):
-        probs = scores.log_prob[m, :length].exp().tolist()
-        for j, w_j in enumerate(dpace_weights(probs)):
-            expected[m, j] = w_j / NUM_SLOTS / blocks
+    expected = -twins.gradient(DPace(smoothing=0.0)(scores).value, scores) / NUM_SLOTS
     torch.testing.assert_close(
         twins.gradient(Chain()(scores).value, scores), expected, rtol=1e-12, atol=1e-15
     )
+
+
+def test_dpace_smoothed_to_one_counts_the_slots_that_follow():
+    scores = twins.random_scores((3, 0), 4, seed=7)
+    weights = DPace(smoothing=1.0).weights(scores)
+    torch.testing.assert_close(weights, torch.tensor([[3.0, 2, 1, 0], [0, 0, 0, 0]]).double())
+    prefix = DPace(1.0, "prefix").weights(scores)  # plain cross-entropy, by the block
+    torch.testing.assert_close(prefix, scores.valid.double())
+
+
+@pytest.mark.parametrize("part", ["both", "prefix", "continuation"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_dpace_stays_finite_where_probabilities_underflow(smoothing, part):
+    valid = torch.ones(1, 3, dtype=torch.bool)
+    log_prob = torch.tensor([[-200.0, -1.0, -300.0]], requires_grad=True)
+    value = DPace(smoothing, part)(BlockScores(log_prob, ~valid, valid)).value
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(log_prob.grad).all()
 
 
 def test_positional_weights_for_block_size_8_and_gamma_4():
