@@ -198,3 +198,18 @@ def test_only_what_is_written_is_computed(tmp_path, monkeypatch):
     for tag in ("train/cross_entropy", "train/accepted_length", "train/grad_norm", "train/lr"):
         assert [step for step, _ in some[tag]] == [2, 5, 8]
         assert set(some[tag]) <= set(all_of_them[tag])
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_what_an_eager_one_does(tmp_path):
+    eager = cli(tmp_path, trainer__max_epochs=1)
+    compiled = cli(
+        tmp_path,
+        trainer__max_epochs=1,
+        model__compile_drafter=True,
+        run_dir=str(tmp_path / "compiled"),
+    )
+    expected, found = eager.model.state_dict(), compiled.model.state_dict()
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
