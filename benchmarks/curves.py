@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def logged(run_dir: Path, tag: str) -> list[tuple[int, float]]:
-    """Returns (step, value) of a run's scalars of one tag, first to last; none if it has none."""
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Returns (step, value) pairs of every scalar tag in a run's event files, first to last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    if tag not in events.Tags()["scalars"]:
-        return []
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import logged
+from benchmarks.curves import scalars
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "smollm2.yaml"
@@ -247,7 +247,7 @@ class Bench:
 
 def loss_curve(run_dir: Path) -> dict[int, float]:
     """Returns the logged cross-entropy by step."""
-    return dict(logged(run_dir, "train/cross_entropy"))
+    return dict(scalars(run_dir).get("train/cross_entropy", []))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.curves import logged
+from benchmarks.curves import scalars
 from data.sharing import shared_between_runs
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.markdown import markdown_rows
@@ -97,14 +97,15 @@ def train(row: Row, options: argparse.Namespace, run_dir: Path) -> dict[str, Any
     begun = time.perf_counter()
     train_row(row.arguments(options.seed, options.overrides), run_dir)
     seconds = time.perf_counter() - begun
-    epoch_at, lengths = dict(logged(run_dir, "epoch")), logged(run_dir, LENGTH)
+    curves = scalars(run_dir)
+    epoch_at, lengths = dict(curves.get("epoch", [])), curves.get(LENGTH, [])
     return {
         "flags": dict(row.flags),
         "configs": list(row.configs),
         "overrides": options.overrides,
         "epochs": [int(epoch_at.get(step, 0)) + 1 if step else 0 for step, _ in lengths],
         "lengths": [length for _, length in lengths],
-        "loss": [loss for _, loss in logged(run_dir, "train/cross_entropy")[-1:]],
+        "loss": [loss for _, loss in curves.get("train/cross_entropy", [])[-1:]],
         "seconds": seconds,  # of the last piece
         "resumed": resumed,
     }
@@ -123,19 +124,13 @@ def show(options: argparse.Namespace) -> list[str]:
         raise UserError(f"{', '.join(options.results)}: no recipe is there.")
     epochs = sorted({epoch for line in lines for epoch in line["epochs"]})
     head = ["recipe", "seed", "best", *[f"epoch {epoch}" for epoch in epochs], "seconds"]
-    measured = [dict(zip(line["epochs"], line["lengths"], strict=True)) for line in lines]
-    body = [
-        [
-            line["row"],
-            str(line["seed"]),
-            f"{best(line):.3f}",
-            *[f"{found[epoch]:.3f}" if epoch in found else "" for epoch in epochs],
-            f"{line['seconds']:.0f}",
-        ]
-        for line, found in sorted(
-            zip(lines, measured, strict=True), key=lambda one: -max([0.0, *one[0]["lengths"]])
+    body = []
+    for line in sorted(lines, key=lambda line: -max([0.0, *line["lengths"]])):
+        found = dict(zip(line["epochs"], line["lengths"], strict=True))
+        cells = [f"{found[epoch]:.3f}" if epoch in found else "" for epoch in epochs]
+        body.append(
+            [line["row"], str(line["seed"]), f"{best(line):.3f}", *cells, f"{line['seconds']:.0f}"]
         )
-    ]
     print("\n".join(markdown_rows(head, body)))
     if options.plot:
         plot(lines, Path(options.plot), options.title)

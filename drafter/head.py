@@ -111,9 +111,12 @@ def score_slots(
     return SlotScores(log_prob_T, correct_T)
 
 
+_Fold = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
 class _How(NamedTuple):
     chunk_rows: int
-    fold: Callable[..., tuple[Tensor, ...]]
+    fold: _Fold
 
 
 class _ScoreSlots(torch.autograd.Function):
@@ -145,33 +148,33 @@ def _score(
     slope_TD = torch.empty_like(hidden_TD) if with_slope else hidden_TD.new_empty(0)
     for start in range(0, len(labels_T), how.chunk_rows):
         part = slice(start, start + how.chunk_rows)
-        log_prob_T[part], correct_T[part], *slope = _score_chunk(
+        log_prob_T[part], correct_T[part], slope_CD = _score_chunk(
             head, hidden_TD[part], labels_T[part].unsqueeze(-1), how, with_slope
         )
-        if with_slope:
-            slope_TD[part] = slope[0]
+        if slope_CD is not None:
+            slope_TD[part] = slope_CD
     return log_prob_T, correct_T, slope_TD
 
 
 def _score_chunk(
     head: FrozenHead, hidden_CD: Tensor, labels_C1: Tensor, how: _How, with_slope: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `_score`, of one chunk: its logits are gone before the next one's are made."""
     logits_CV = head.logits(hidden_CD)
     label_logit_C1 = logits_CV.gather(-1, labels_C1)
-    top_C1, top_id_C1, total_C1, *weights = how.fold(
+    top_C1, top_id_C1, total_C1, weights_CV = how.fold(
         logits_CV, head.softcap, head.weight.dtype if with_slope else None
     )
     log_prob_C1 = label_logit_C1 - top_C1 - total_C1.log()
-    scores = log_prob_C1.squeeze(-1), (top_id_C1 == labels_C1).squeeze(-1)
-    if not with_slope:
-        return scores
-    return *scores, _slope(head, weights[0], total_C1, labels_C1, label_logit_C1)
+    slope_CD = None
+    if weights_CV is not None:
+        slope_CD = _slope(head, weights_CV, total_C1, labels_C1, label_logit_C1)
+    return log_prob_C1.squeeze(-1), (top_id_C1 == labels_C1).squeeze(-1), slope_CD
 
 
 def _fold(
     logits_CV: Tensor, softcap: float | None, dtype: torch.dtype | None, in_place: bool = True
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Returns what scores need of a chunk's logits, of which nothing else is kept.
 
     Args:
@@ -182,7 +185,7 @@ def _fold(
 
     Returns:
         (C, 1) each: the largest logit, its id (the lowest on ties), and sum_v e_v with
-        e_v = exp(logit - largest); and, with `dtype`, weights (C, V) e_v * cap'_v.
+        e_v = exp(logit - largest); and weights (C, V) e_v * cap'_v, or None.
     """
     top_C1, top_id_C1 = logits_CV.max(dim=-1, keepdim=True)
     cap_slope_CV = None
@@ -191,14 +194,14 @@ def _fold(
     exp_CV = logits_CV.sub_(top_C1).exp_() if in_place else (logits_CV - top_C1).exp()
     total_C1 = exp_CV.sum(dim=-1, keepdim=True)
     if dtype is None:
-        return top_C1, top_id_C1, total_C1
+        return top_C1, top_id_C1, total_C1, None
     if cap_slope_CV is not None:
         exp_CV = exp_CV.mul_(cap_slope_CV) if in_place else exp_CV * cap_slope_CV
     return top_C1, top_id_C1, total_C1, exp_CV.to(dtype)
 
 
 @functools.cache
-def _compiled_fold() -> Callable[..., tuple[Tensor, ...]]:
+def _compiled_fold() -> _Fold:
     # not in place: the compiler would then write the exponentials back, which nobody reads
     return torch.compile(functools.partial(_fold, in_place=False))
 

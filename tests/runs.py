@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.curves import scalars as scalars
 from tests.tiny import tiny_target_dir
 from train import RUN_DIR_VARIABLE, main
 
@@ -142,15 +143,3 @@ def weights(cli_or_path: Any) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Returns whether two sets of weights agree to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Returns (step, value) pairs of every scalar tag in a run's event files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }

@@ -6,8 +6,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from benchmarks.curves import logged
-from tests.runs import cli
+from tests.runs import cli, scalars
 
 
 def bars(run):
@@ -36,10 +35,8 @@ def test_the_bar_shows_what_was_logged_last(tmp_path):
     (watch,) = [each for each in run.trainer.callbacks if isinstance(each, Shown)]
     assert type(bar) is RichProgressBar
     assert bar.refresh_rate == 4
-    curves = {
-        name: dict(logged(tmp_path / "run", f"train/{name}"))
-        for name in ("cross_entropy", "accepted_length")
-    }
+    found = scalars(tmp_path / "run")
+    curves = {name: dict(found[f"train/{name}"]) for name in ("cross_entropy", "accepted_length")}
     assert curves["cross_entropy"].keys() >= {2, 5, 8}
     before = {}
     for step, shown in enumerate(watch.shown):

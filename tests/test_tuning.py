@@ -64,7 +64,7 @@ def test_a_recipe_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monk
             raise SystemExit(143)
 
     monkeypatch.setattr(tuning, "train_row", train_row)
-    monkeypatch.setattr(tuning, "logged", lambda *_: [])
+    monkeypatch.setattr(tuning, "scalars", lambda _: {})
     for _ in range(2):
         with pytest.raises(SystemExit):
             run(tmp_path, "--work", str(tmp_path / "work"))
