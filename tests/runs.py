@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +119,50 @@ def cli_process(
     timeout: float = 300,
     **changes: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `train.py COMMAND` in a process of its own; raises only if it outlasts `timeout` s."""
+    """Runs `train.py COMMAND` in a process of its own; raises only as `finished` does."""
     path = folder / f"{command}.process.yaml"
     path.write_text(yaml.safe_dump(config(folder, **changes)))
     environment = {k: v for k, v in os.environ.items() if k != RUN_DIR_VARIABLE}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), command, "--config", str(path), *extra],
-        capture_output=True,
+    words = [sys.executable, str(ROOT / "train.py"), command, "--config", str(path), *extra]
+    return finished(words, timeout, environment | {"OMP_NUM_THREADS": "1"})
+
+
+def finished(
+    words: list[str], timeout: float, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; one that outlasts `timeout` s says where all its processes wait.
+
+    Raises:
+        AssertionError: With what it printed, and the stack of every thread of every process.
+    """
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"PYTHONFAULTHANDLER": "1"},
         cwd=ROOT,
-        check=False,
+        start_new_session=True,  # so that other ranks and loaders' workers can be reached too
     )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        time.sleep(2)
+        _kill(process)
+        out, err = process.communicate()
+        raise AssertionError(
+            f"{words} still ran after {timeout:.0f} s.\n{out[-2000:]}\n{err[-20000:]}"
+        ) from None
+    except BaseException:  # Ctrl-C does not reach another session
+        _kill(process)
+        raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def weights(cli_or_path: Any) -> dict[str, torch.Tensor]:

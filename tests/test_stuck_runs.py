@@ -1,0 +1,43 @@
+"""The runner of the tests: a run that does not end says where it stands, and is gone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import finished
+
+FORKED = """
+import os, time
+def waits_for_nothing():
+    time.sleep(600)
+print(os.getpid(), flush=True)
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+waits_for_nothing()
+"""
+
+
+def runs(pid: int) -> bool:
+    """Returns whether a process still does anything; the dead may wait for someone to ask."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_a_run_that_does_not_end_shows_the_stack_of_every_process_and_is_gone():
+    with pytest.raises(AssertionError) as caught:
+        finished([sys.executable, "-c", FORKED], 3, dict(os.environ))
+    said = str(caught.value)
+    assert "still ran after 3 s" in said
+    assert said.count("in waits_for_nothing") == 2
+    pids = [int(line) for line in said.splitlines() if line.isdigit()]
+    assert len(pids) == 2
+    assert not any(runs(pid) for pid in pids)
+
+
+def test_a_run_that_ends_gives_its_code_and_words():
+    done = finished([sys.executable, "-c", "print('x'); raise SystemExit(3)"], 60, dict(os.environ))
+    assert (done.returncode, done.stdout) == (3, "x\n")
