@@ -15,33 +15,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.shapes import SHAPES, random_target
 from callbacks.memory import MemoryReport
 from data.online import OnlineHiddenStates
 from drafter.module import DrafterModule
-from drafter.target import Target
-from drafter.target_loading import Loaded
-from tests.tiny import tiny_tokenizer
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "toy": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-    },
-}
 
 
 class StepTimes(Callback):
@@ -60,16 +38,6 @@ class StepTimes(Callback):
         print(f"step {trainer.global_step}: {self.seconds[-1]:.3f} s", flush=True)
 
 
-def random_target(shapes: dict[str, Any], length: int, device: str, dtype: torch.dtype) -> Target:
-    """Returns a target with random weights, made where it runs."""
-    config = LlamaConfig(max_position_embeddings=length, tie_word_embeddings=False, **shapes)
-    tokenizer = tiny_tokenizer()
-    config.eos_token_id = tokenizer.eos_token_id
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return Target(Loaded(model, tokenizer), "random", None)
-
-
 def main() -> None:
     """Trains a few steps on rows of the full length."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     seed_everything(0)
     device, dtype = ("cpu", torch.float32) if options.toy else ("cuda", torch.bfloat16)
-    shapes = SHAPES["toy" if options.toy else "8b"]
+    shapes = SHAPES["toy" if options.toy else "llama3-8b"]
     target = random_target(shapes, options.length, device, dtype)
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
