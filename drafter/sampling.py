@@ -191,10 +191,11 @@ class GeneratorSource:
         self.generator = generator
 
     def bernoulli(self, prob: float) -> bool:
-        return self._uniform().item() < prob
+        return self.uniform().item() < prob
 
     def categorical(self, probs: Tensor) -> int:
-        return int(draw(probs, self._uniform()))
+        return int(draw(probs, self.uniform()))
 
-    def _uniform(self) -> Tensor:
+    def uniform(self) -> Tensor:
+        """The number that the next decision is made with: () float64 in [0, 1)."""
         return torch.rand((), generator=self.generator, dtype=torch.float64)

@@ -1,0 +1,202 @@
+"""The target on fixed shapes and addresses: what CUDA graphs of decoding are recorded from.
+
+Legend: B rows, n tokens run, S places in the cache, G key/value heads, E head size, L tapped
+layers, D hidden size.
+
+transformers calls a cache's `update` in every attention layer; here it writes keys and values to
+places that a tensor on the device names, and gives the whole buffers back. What may be seen of them
+is said by masks of our own, so nothing depends on a number that only the host knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from drafter.errors import UserError
+from drafter.target import Target
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+HOST_ROPE = ("dynamic", "longrope")  # their angles depend on a length that they ask the host for
+
+
+class _Places:
+    """Where the tokens of a pass go; shared by all layers."""
+
+    rows: slice
+    index_Bn: Tensor
+
+
+class _StaticLayer(CacheLayerMixin):
+    """Keys and values (B, G, S, E) of one layer."""
+
+    is_compileable = True
+
+    def __init__(self, places: _Places, rows: int, length: int) -> None:
+        super().__init__()
+        self._places = places
+        self._shape = (rows, length)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes the buffers; zeros, since what is hidden is still multiplied by 0."""
+        rows, length = self._shape
+        for name, states in (("keys", key_states), ("values", value_states)):
+            heads, size = states.shape[1], states.shape[3]
+            setattr(self, name, states.new_zeros(rows, heads, length, size))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes (rows, G, n, E) where `places` say; returns those rows' whole buffers."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = self.keys[self._places.rows], self.values[self._places.rows]
+        write(keys, key_states, self._places.index_Bn)
+        write(values, value_states, self._places.index_Bn)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask covers, and the first of them; ours are made elsewhere."""
+        return self._shape[1], 0
+
+    def get_seq_length(self) -> int:
+        """Not known on the host; positions are always given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """S."""
+        return self._shape[1]
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+
+def write(buffer_BGSE: Tensor, states_BGnE: Tensor, index_Bn: Tensor) -> None:
+    """Writes states to places of a buffer, in place."""
+    index_BGnE = index_Bn[:, None, :, None].expand(states_BGnE.shape)
+    buffer_BGSE.scatter_(2, index_BGnE, states_BGnE.to(buffer_BGSE.dtype))
+
+
+class StaticTarget:
+    """A target whose passes read and write fixed addresses.
+
+    Args:
+        target: The frozen target.
+        layer_ids: Tapped layers, L; may be empty.
+        rows: B, prompts decoded side by side.
+        length: S, the most tokens of a row, with room for a block beyond the last one.
+
+    Raises:
+        UserError: Its attention can't be run this way; the loop of `drafter.decoding` can.
+    """
+
+    def __init__(
+        self, target: Target, layer_ids: Sequence[int] = (), *, rows: int = 1, length: int
+    ) -> None:
+        self.target = target
+        self.layer_ids = tuple(layer_ids)
+        self.rows = rows
+        self.length = length
+        self._kinds, self._window = _attention_kinds(target)
+        self._places = _Places()
+        layers = [_StaticLayer(self._places, rows, length) for _ in range(target.num_layers)]
+        self._cache = Cache(layers=layers)
+        self._check()
+
+    def run(
+        self, ids_Bn: Tensor, positions_Bn: Tensor, rows: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Runs tokens at positions, over all that lies before them in their rows.
+
+        Args:
+            ids_Bn: (B, n) int64.
+            positions_Bn: (B, n) int64, ascending, below S; what lay there is overwritten.
+            rows: Which rows these are; all of them by default.
+
+        Returns:
+            (B, n, D) states after the final norm, (B, n, L*D) tapped states.
+        """
+        self._places.rows, self._places.index_Bn = rows, positions_Bn
+        return self.target.run(
+            self.layer_ids,
+            self._cache,
+            input_ids=ids_Bn,
+            position_ids=positions_Bn,
+            attention_mask=self._masks(positions_Bn),
+        )
+
+    def _masks(self, positions_Bn: Tensor) -> Any:
+        """Returns what the model takes in the place of a padding mask: finished masks."""
+        key_S = torch.arange(self.length, device=positions_Bn.device)
+        query_B1n1 = positions_Bn[:, None, :, None]
+        full = key_S <= query_B1n1
+        masks = {FULL: full}
+        if self._window is not None:
+            masks[SLIDING] = full & (key_S > query_B1n1 - self._window)
+        if self.target.config._attn_implementation == "eager":  # it adds the mask to its scores
+            low = torch.finfo(self.target.dtype).min
+            zero = torch.zeros((), dtype=self.target.dtype, device=full.device)
+            masks = {kind: torch.where(mask, zero, low) for kind, mask in masks.items()}
+        return masks if len(self._kinds) > 1 else masks[self._kinds[0]]
+
+    def _check(self) -> None:
+        """Compares two passes with the target's own cache, across the window's edge if it has one.
+
+        The second is taken back and run again: a place that is written twice shows the last.
+        """
+        target, device = self.target, self.target.device
+        known = min(self._window or 0, self.length // 2) + 3
+        total = min(self.length, known + 4)
+        ids = torch.arange(total, device=device) * 7 % target.vocab_size
+        session = target.session()
+        expected = [session.forward(ids[:known], self.layer_ids)[0]]
+        expected.append(session.forward(ids[known:], self.layer_ids)[0])
+        places = torch.arange(total, device=device).expand(self.rows, -1)
+        rows = ids.expand(self.rows, -1)
+        found = [self.run(rows[:, :known], places[:, :known])[0]]
+        self.run(rows[:, known:].flip(1), places[:, known:])
+        found.append(self.run(rows[:, known:], places[:, known:])[0])
+        for ours, theirs in zip(found, expected, strict=True):
+            tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 0.05
+            bound = tolerance * float(theirs.float().abs().max())
+            if float((ours.float() - theirs.float()).abs().max()) > bound:
+                raise UserError(
+                    f"The target {target.path} ({type(target.model).__name__}) does not give the "
+                    "same states with a cache of fixed size; decode it kernel by kernel."
+                )
+
+
+def _attention_kinds(target: Target) -> tuple[tuple[str, ...], int | None]:
+    """Returns which kinds of attention its layers have, and the sliding ones' window.
+
+    Raises:
+        UserError: There is one that is not known here, or it can't take a mask.
+    """
+    config = target.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    attention = config._attn_implementation
+    window = getattr(config, "sliding_window", None)
+    kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
+    if not kinds:
+        sliding = window is not None and getattr(config, "use_sliding_window", True)
+        kinds = (SLIDING,) if sliding else (FULL,)
+    reasons = {
+        f"its rope is of type {rope_type}": rope_type in HOST_ROPE,
+        f"its attention runs as {attention}; load it with sdpa": attention not in ("sdpa", "eager"),
+        f"its layers are {', '.join(kinds)}": not set(kinds) <= {FULL, SLIDING},
+        "it is spread over several GPUs": target.spread,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(
+                f"The target {target.path} can't be decoded on fixed shapes: {reason}. Decode it "
+                "kernel by kernel."
+            )
+    return kinds, window if SLIDING in kinds else None
