@@ -1,4 +1,4 @@
-"""Guards recorded decoding on a GPU: tokens, rounds and drafts are those of the plain loop there."""
+"""Guards recorded decoding on a GPU: tokens, rounds and drafts are those of the loop there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from drafter.target_loading import Loaded
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tests.tiny_drafters import overfitted_drafter
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 PROMPTS = [[5, 9, 3], [7, 1, 2, 8, 8, 4, 30, 11, 60, 61, 7], [100, 4, 2, 17], [12, 90, 41, 3, 9]]
 NEW = 48
 
@@ -28,7 +31,6 @@ def test_recorded_rounds_are_the_loops(family, sampling):
     drafter = overfitted_drafter(target, [EvalPrompt("s", i, ids) for i, ids in enumerate(PROMPTS)])
     target = Target(Loaded(target.model.cuda(), target.tokenizer), "in memory", None)
     drafter = drafter.cuda()
-    sources = [keyed_source(3, place) for place in range(len(PROMPTS))]
     for one in (drafter, None):
         for rows in (1, 3):
             decoder = StaticDecoder(target, one, rows=rows, length=64, sampling=sampling)
