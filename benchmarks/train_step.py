@@ -263,7 +263,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             layers=options.layers,
             taps=options.taps,
             block_size=options.block_size,
-            seed=0,
         )
         # whole logits of many blocks would not fit
         _check(case_of(anchors=min(CHECKED_BLOCKS, *options.anchors)), shapes, options.drafters)
@@ -286,19 +285,19 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 if output is not None:
                     write_atomic(output, "".join(json.dumps(row) + "\n" for row in rows))
         del target, case, case_of
-        _forget()
+        forget()
     return rows
 
 
 def _check(case: Case, shapes: str, drafters: Sequence[str]) -> None:
     print(f"{shapes}: ours against its eager twin {check_ours(case)}", flush=True)
-    _forget()
+    forget()
     if "specforge" in drafters:
         try:
             print(f"{shapes}: specforge against ours {check_specforge(case)}", flush=True)
         except Exception as error:  # a peer's fault is a result
             print(f"{shapes}: specforge against ours: {_short(error)}", flush=True)
-        _forget()
+        forget()
 
 
 def _measured(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -309,7 +308,7 @@ def _measured(case: Case, name: str, options: argparse.Namespace) -> dict[str, A
         if name.startswith("ours") and not isinstance(error, torch.OutOfMemoryError):
             raise
         row = {"failed": _short(error)}
-    _forget()
+    forget()
     return row
 
 
@@ -321,7 +320,8 @@ def _short(error: Exception) -> str:
     )
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Lets go of what the last drafter needed, compiled code too."""
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
