@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import train
 from callbacks.run_files import git_commit
 from data.eval_prompts import load_eval_prompts
 from data.overlap import overlap_lines, overlap_with_runs
 from data.prompt_sets import FollowUps, Prompt
+from data.sample_rows import sample_rows
 from data.sharing import load_target, shared_between_runs
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.ablation import Ablation
-from drafter.evaluation.loading import LoadedDrafter, load_drafter
+from drafter.evaluation.doctor import Patient, examine
+from drafter.evaluation.loading import LoadedDrafter, check_fits, load_drafter
 from drafter.evaluation.measure import FeatureStore
 from drafter.evaluation.options import check_device, measured_as, parse, settings_from
 from drafter.evaluation.output import show, write_ablation, write_result
 from drafter.evaluation.plan import plan
-from drafter.evaluation.recipes import read_grid
+from drafter.evaluation.recipes import flat, read_grid
 from drafter.evaluation.report import report, sort_by_fit
 from drafter.evaluation.results import merge, read_result, summarise
 from drafter.evaluation.tables import name_apart
+from drafter.files import write_atomic
 from drafter.target import Target
 
 
@@ -51,6 +57,49 @@ def run_report(options: argparse.Namespace) -> None:
     show(result)
     if options.output:
         write_result(result, Path(options.output))
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    """Prints what each check of a drafter finds; exits with code 1 if one finds a fault."""
+    loaded = load_drafter(options.ckpt, options.block_size)
+    run = run_settings(loaded.run_config)
+    target = target_for([loaded], options)
+    check_fits(loaded, target)
+    loaded.drafter.to(target.device, target.dtype).requires_grad_(False)
+    cache = options.cache or run.get("data.cache")
+    sample = sample_rows(
+        target,
+        options.data or run.get("data.train_data"),
+        None if cache is None else Path(cache),
+        count=options.rows,
+        max_length=options.max_length,
+    )
+    patient = Patient(
+        loaded,
+        target,
+        sample.rows,
+        sample.header_ids,
+        run.get("model.block_size"),
+        sample.stored,
+    )
+    findings = []
+    for finding in examine(patient):
+        print("\n".join(finding.lines()), flush=True)
+        findings.append(finding)
+    faults = [finding for finding in findings if finding.fault]
+    if options.output:
+        record = where_and_when(target.device) | {"findings": [asdict(one) for one in findings]}
+        write_atomic(Path(options.output), json.dumps(record, indent=1))
+    if faults:
+        causes = "cause" if len(faults) == 1 else "causes"
+        print(f"\n{len(faults)} likely {causes}: {', '.join(one.name for one in faults)}")
+        sys.exit(1)
+    print("\nno known fault: if accepted lengths are low, train longer, or on more aligned rows")
+
+
+def run_settings(config: Path | None) -> dict[str, Any]:
+    """Returns what a run's config says, by dotted name; nothing without one."""
+    return {} if config is None else flat(yaml.safe_load(config.read_text()) or {})
 
 
 def run_merge(options: argparse.Namespace) -> None:
@@ -177,11 +226,21 @@ def where_and_when(device: torch.device) -> dict[str, Any]:
 def main(args: list[str] | None = None) -> None:
     """Runs a verb; prints a user's mistake as one sentence and exits with code 2."""
     options = parse(sys.argv[1:] if args is None else args)
-    verbs = {"report": run_report, "merge": run_merge, "ablation": run_ablation}
+    verbs = {
+        "report": run_report,
+        "doctor": run_doctor,
+        "merge": run_merge,
+        "ablation": run_ablation,
+    }
     with one_sentence_errors():
         try:
             verbs[options.verb](options)
         except torch.OutOfMemoryError as error:
+            if options.verb == "doctor":
+                raise UserError(
+                    f"out of memory on the device; lower --rows ({options.rows}) or --max-length "
+                    f"({options.max_length})."
+                ) from error
             raise UserError(
                 f"out of memory on the device; lower --batch-size ({options.batch_size}) or "
                 f"--feature-budget-gb ({options.feature_budget_gb:g}). What was finished is kept."

@@ -40,6 +40,18 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     verb.add_argument("--output", metavar="OUT.json", help="write figures, tables, plots and page")
 
+    verb = verbs.add_parser("doctor", help="find why the accepted length is stuck near 1")
+    verb.add_argument("--ckpt", required=True, metavar="PATH", help="as in `report`")
+    verb.add_argument(
+        "--data", nargs="+", metavar="FILE", help="training rows; default: those of the run"
+    )
+    verb.add_argument("--cache", metavar="DIR", help="feature cache; default: that of the run")
+    verb.add_argument("--rows", type=int, default=8, help="rows that are looked at")
+    verb.add_argument("--max-length", type=int, default=1024, help="longer rows are cut to it")
+    _add_target_options(verb)
+    verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
+    verb.add_argument("--output", metavar="OUT.json", help="write the findings")
+
     verb = verbs.add_parser("merge", help="join result files of partial runs")
     verb.add_argument("results", nargs="+", metavar="IN.json")
     verb.add_argument("--output", required=True, metavar="OUT.json")
@@ -80,6 +92,10 @@ def _add_prompt_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--limit", type=int, help="prompts of each set")
     verb.add_argument("--skip", type=int, default=0, help="prompts of each set passed over first")
+    _add_target_options(verb)
+
+
+def _add_target_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--target", help="target; default: the one recorded in the checkpoint")
     verb.add_argument("--gguf-file", help="GGUF file inside the target's folder")
     verb.add_argument("--trust-remote-code", action="store_true", help="run the target's own code")
