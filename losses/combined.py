@@ -62,7 +62,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class CombinedLoss:
-    """L = L_ce + alpha_focal L_focal - alpha_chain R, by the paper's defaults.
+    """L = alpha_ce L_ce + alpha_focal L_focal - alpha_chain R, by the paper's defaults.
 
     Source: method.md, "The three interventions" and "Reductions".
 
@@ -78,9 +78,11 @@ class CombinedLoss:
         focal_schedule: Factor on alpha_focal over the run.
         chain_schedule: Factor on alpha_chain over the run.
         extra: More terms by name, each with its weight and schedule.
+        alpha_cross_entropy: Weight of cross-entropy, the paper's 1; 0 leaves the rest alone.
 
     Raises:
-        ValueError: A setting out of range, or an extra term under a name that is taken.
+        ValueError: A setting out of range, an extra term under a name that is taken, or nothing
+            that has a weight.
 
     Example:
         >>> mask = torch.ones(1, 2, dtype=torch.bool)
@@ -101,6 +103,7 @@ class CombinedLoss:
     focal_schedule: Schedule = field(default_factory=Schedule)
     chain_schedule: Schedule = field(default_factory=Schedule)
     extra: dict[str, WeightedTerm] | None = None
+    alpha_cross_entropy: float = 1.0
 
     def __post_init__(self) -> None:
         # a checkpoint's hyper-parameters are plain values, so schedules may come as dicts
@@ -108,7 +111,7 @@ class CombinedLoss:
             schedule = getattr(self, name)
             if isinstance(schedule, dict):
                 object.__setattr__(self, name, Schedule(**schedule))
-        for name in ("alpha_focal", "alpha_chain"):
+        for name in ("alpha_cross_entropy", "alpha_focal", "alpha_chain"):
             alpha = getattr(self, name)
             if not (alpha >= 0 and math.isfinite(alpha)):
                 raise ValueError(
@@ -124,6 +127,9 @@ class CombinedLoss:
                     f"The extra loss term {name!r} is {extra!r}; give a WeightedTerm with a term "
                     "and a finite weight."
                 )
+        extras = [term.weight for term in (self.extra or {}).values()]
+        if not any((self.alpha_cross_entropy, self.alpha_focal, self.alpha_chain, *extras)):
+            raise ValueError("Every weight of the loss is 0; give at least one term a weight.")
         _ = self.terms  # every term checks its own settings
 
     @cached_property
@@ -146,7 +152,7 @@ class CombinedLoss:
             progress: Share of the run's steps that is done, 0 to 1.
         """
         weights = {
-            CROSS_ENTROPY: 1.0,
+            CROSS_ENTROPY: self.alpha_cross_entropy,
             FOCAL: self.alpha_focal * self.focal_schedule.multiplier(progress),
             CHAIN: 0.0 - self.alpha_chain * self.chain_schedule.multiplier(progress),
         }
@@ -186,8 +192,9 @@ class CombinedLoss:
             for name, ratio in ratios.items()
             if weights[name] != 0
         }
-        # cross-entropy, whose weight is 1, connects the total to the graph in any case
-        total = torch.stack(list(contributions.values())).sum()
+        # schedules may silence every term for a while: the total is connected all the same
+        parts = list(contributions.values()) or [0.0 * scores.valid_log_prob.sum()]
+        total = torch.stack(parts).sum()
         with torch.no_grad():
             uniform = PositionalCrossEntropy(math.inf)(scores)
         reported = {CROSS_ENTROPY: ratios.pop(CROSS_ENTROPY), CROSS_ENTROPY_UNIFORM: uniform}

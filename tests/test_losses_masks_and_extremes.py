@@ -173,6 +173,8 @@ BAD_SETTINGS = [
     ({"gamma": 0.0}, "gamma is 0.0"),
     ({"gamma": math.nan}, "gamma is nan"),
     ({"alpha_focal": -0.1}, "alpha_focal is -0.1"),
+    ({"alpha_cross_entropy": -1.0}, "alpha_cross_entropy is -1.0"),
+    (dict.fromkeys(("alpha_cross_entropy", "alpha_focal", "alpha_chain"), 0.0), "is 0; give at"),
     ({"alpha_chain": math.inf}, "alpha_chain is inf"),
     ({"focal_modulation": -1.0}, "modulation is -1.0"),
     ({"chain_normalize": "slots"}, "normalised by 'slots'"),

@@ -65,6 +65,32 @@ def test_an_overlay_sets_the_intended_values_and_nothing_else(name):
     assert settings(CombinedLoss(**overlay["model"]["loss"])) == INTENDED[name]
 
 
+RIVALS = {
+    "dpace": losses.DPace(),
+    "dpace-prefix": losses.DPace(part="prefix"),
+    "dpace-continuation": losses.DPace(part="continuation"),
+    "accept-until-fail": losses.AcceptUntilFail(),
+    "streak": losses.Chain("none"),
+}
+
+
+def test_every_rival_has_an_overlay():
+    folder = FOLDER.parent / "rivals"
+    assert {path.stem for path in folder.glob("*.yaml")} == RIVALS.keys()
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_is_alone_or_on_top_of_the_papers_stack(name):
+    rival = f"--config={FOLDER.parent / 'rivals' / name}.yaml"
+    alone = parse(f"--config={FOLDER / 'full'}.yaml", rival)
+    assert (alone.alpha_cross_entropy, *settings(alone)) == (0.0, math.inf, 0.0, 0.0)
+    term = WeightedTerm(RIVALS[name], weight=-1.0 if name == "streak" else 1.0)
+    assert alone.extra == {name.replace("-", "_"): term}
+    added = parse(rival, f"--config={FOLDER / 'full'}.yaml", "--model.loss.alpha_cross_entropy=1")
+    assert (added.alpha_cross_entropy, *settings(added)) == (1.0, *INTENDED["full"])
+    assert added.extra == alone.extra
+
+
 def test_the_defaults_are_the_papers():
     assert settings(CombinedLoss()) == INTENDED["full"]
 

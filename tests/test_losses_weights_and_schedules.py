@@ -82,6 +82,30 @@ def test_an_extra_term_is_added_with_its_weight_and_schedule():
     assert list(out.terms)[-1] == "by_valid"
 
 
+def test_a_term_alone_is_the_whole_loss():
+    scores = scores_of(dtype=torch.float64)
+    loss = CombinedLoss(
+        alpha_cross_entropy=0.0,
+        alpha_focal=0.0,
+        alpha_chain=0.0,
+        extra={"streak": WeightedTerm(Chain("none"), weight=-1.0)},
+    )
+    out = loss(scores, 0.0)
+    assert list(out.contributions) == ["streak"]
+    torch.testing.assert_close(out.total, -twins.mean(twins.chain(scores, "none")))
+    assert "cross_entropy" in out.terms  # it is still reported
+
+
+def test_a_loss_that_schedules_silence_gives_zero_gradients_and_not_none():
+    scores = scores_of(dtype=torch.float64)
+    loss = CombinedLoss(
+        alpha_cross_entropy=0.0, alpha_focal=0.0, chain_schedule=Schedule("linear", begin=0.5)
+    )
+    assert loss(scores, 0.1).total == 0
+    assert (twins.gradient(loss(scores, 0.1).total, scores) == 0).all()
+    assert (twins.gradient(loss(scores, 0.9).total, scores) != 0).any()
+
+
 def test_focal_options_reach_the_focal_term():
     scores = scores_of(dtype=torch.float64)
     loss = CombinedLoss(gamma=3.0, focal_modulation=2.0, focal_positional=True)
