@@ -9,6 +9,7 @@ Legend: S tokens, A anchors, N drafted slots, L tapped layers, D hidden size, V 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,23 @@ class Patient:
         """Whether passes differ by fp32's rounding at most."""
         return self.target.dtype in (torch.float32, torch.float64)
 
+    @functools.cached_property
+    @torch.no_grad()
+    def own_words(self) -> tuple[float, float]:
+        """The target's argmax share of the supervised tokens, and its nats for one of them."""
+        right = count = 0
+        nats = 0.0
+        for batch in self.examiner.batches:
+            last, _ = self.target.run((), input_ids=batch.input_ids)
+            places = batch.supervised[0, 1:].nonzero().squeeze(-1)
+            labels = batch.input_ids[0, 1:][places]
+            for part, own in zip(places.split(256), labels.split(256), strict=True):
+                logits = self.target.head.logits(last[0, part])
+                right += int((logits.argmax(-1) == own).sum())
+                nats += float(torch.nn.functional.cross_entropy(logits, own, reduction="sum"))
+            count += len(labels)
+        return right / max(1, count), nats / max(1, count)
+
 
 def examine(patient: Patient) -> Iterator[Finding]:
     """Yields what each check found, as it is found; a wrong head ends it: all else follows."""
@@ -147,7 +165,8 @@ def _head(patient: Patient) -> Iterator[Finding]:
             "tie_word_embeddings to false in its config",
         )
         return
-    share, nats, uniform = _own_words(patient)
+    share, nats = patient.own_words
+    uniform = math.log(target.vocab_size)
     said = f"{share:.1%} of the rows' tokens are its argmax, {nats:.2f} nats a token"
     if share < 0.02 and nats > 0.8 * uniform:
         yield Finding(
@@ -158,23 +177,6 @@ def _head(patient: Patient) -> Iterator[Finding]:
         )
     else:
         yield Finding("head", said)
-
-
-@torch.no_grad()
-def _own_words(patient: Patient) -> tuple[float, float, float]:
-    """Returns the argmax share of supervised tokens, their cross-entropy, and ln V."""
-    right = count = 0
-    nats = 0.0
-    for batch in patient.examiner.batches:
-        last, _ = patient.target.run((), input_ids=batch.input_ids)
-        places = batch.supervised[0, 1:].nonzero().squeeze(-1)
-        labels = batch.input_ids[0, 1:][places]
-        for part, own in zip(places.split(256), labels.split(256), strict=True):
-            logits = patient.target.head.logits(last[0, part])
-            right += int((logits.argmax(-1) == own).sum())
-            nats += float(torch.nn.functional.cross_entropy(logits, own, reduction="sum"))
-        count += len(labels)
-    return right / max(1, count), nats / max(1, count), math.log(patient.target.vocab_size)
 
 
 def _mask_token(patient: Patient) -> Iterator[Finding]:
@@ -255,7 +257,7 @@ def _template(patient: Patient) -> Iterator[Finding]:
 
 
 def _on_policy(patient: Patient) -> Iterator[Finding]:
-    share, *_ = _own_words(patient)
+    share, _ = patient.own_words
     said = f"{share:.1%} of the responses' tokens are what the target would say"
     if share < ON_POLICY:
         yield Finding(
