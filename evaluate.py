@@ -66,7 +66,7 @@ def run_doctor(options: argparse.Namespace) -> None:
     target = target_for([loaded], options)
     check_fits(loaded, target)
     loaded.drafter.to(target.device, target.dtype).requires_grad_(False)
-    cache = options.cache or run.get("data.cache")
+    cache = options.cache or (None if options.data else run.get("data.cache"))
     sample = sample_rows(
         target,
         options.data or run.get("data.train_data"),
@@ -86,10 +86,10 @@ def run_doctor(options: argparse.Namespace) -> None:
     for finding in examine(patient):
         print("\n".join(finding.lines()), flush=True)
         findings.append(finding)
+        if options.output:
+            record = where_and_when(target.device) | {"findings": [asdict(one) for one in findings]}
+            write_atomic(Path(options.output), json.dumps(record, indent=1))
     faults = [finding for finding in findings if finding.fault]
-    if options.output:
-        record = where_and_when(target.device) | {"findings": [asdict(one) for one in findings]}
-        write_atomic(Path(options.output), json.dumps(record, indent=1))
     if faults:
         causes = "cause" if len(faults) == 1 else "causes"
         print(f"\n{len(faults)} likely {causes}: {', '.join(one.name for one in faults)}")

@@ -171,7 +171,8 @@ class Ours(Competitor):
             init_from_target="none",
             compile_drafter=compiled,
         )
-        self.module.attach(case.target)
+        with torch.device(case.device):  # a large drafter takes a CPU long to make
+            self.module.attach(case.target)
         self.module.to(case.device)
         self.module.configure_model()
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -285,8 +286,8 @@ class Speculators(Competitor):
             mask_token_id=0,
             speculators_config=_no_verifier(case),
         )
-        self.model = core.DFlashDraftModel(config)
-        # lent before the move: what its constructor made is not needed
+        with torch.device(case.device):
+            self.model = core.DFlashDraftModel(config)
         lent = case.target.model
         self.model.embed_tokens.weight = lent.get_input_embeddings().weight
         for head in (self.model.lm_head, self.model.verifier_lm_head):
@@ -393,7 +394,7 @@ def step_arithmetic(case: Case) -> float:
 
 def full_stack() -> CombinedLoss:
     """Returns the paper's loss: decay, first-error focal and chain."""
-    return CombinedLoss(gamma=10.0, alpha_focal=0.3, alpha_chain=10.0)
+    return CombinedLoss()
 
 
 def plain() -> CombinedLoss:

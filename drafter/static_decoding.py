@@ -27,13 +27,14 @@ from drafter.errors import UserError
 from drafter.graphs import CudaRecorder, Recorder
 from drafter.model import DraftContext, Drafter
 from drafter.sampling import GREEDY, GeneratorSource, Sampling, argmax, draw, warp
-from drafter.static_target import StaticTarget, write
+from drafter.static_target import StaticTarget, asks_the_host, write
 from drafter.target import Target
 from drafter.target_session import frozen
 from drafter.verification import Verdict, clip_round
 
 LAG = 1
 """Rounds launched before the oldest is read."""
+ALIGNED = 16  # places of a row: attention's kernels copy masks of other widths
 
 
 @dataclass
@@ -90,11 +91,17 @@ class StaticDecoder:
         self.sampling = sampling
         self.block_size = 1 if drafter is None else drafter.config.block_size
         self.length = length
+        if drafter is not None and asks_the_host(drafter.config):
+            raise UserError(
+                f"The drafter's rope is of type {asks_the_host(drafter.config)}, which asks the "
+                "host for a length; decode it kernel by kernel."
+            )
         margin = (LAG + 2) * self.block_size  # rows run on behind their end
+        places_of_a_row = -(-(length + margin) // ALIGNED) * ALIGNED
         layer_ids = () if drafter is None else drafter.config.target_layer_ids
         device = target.device
         with frozen(device):
-            self._static = StaticTarget(target, layer_ids, rows=rows, length=length + margin)
+            self._static = StaticTarget(target, layer_ids, rows=rows, length=places_of_a_row)
             places = torch.zeros(rows, dtype=torch.long, device=device)
             self._anchor_B, self._length_B, self._emitted_B = (places.clone() for _ in range(3))
             self._going_B = places.bool()
@@ -159,7 +166,7 @@ class StaticDecoder:
         self._emitted_B.add_(count_B)
 
     def stand_at(self, length: int) -> None:
-        """Puts all rows at a place where they stay, for timing `draft` and `verify`."""
+        """Puts all rows at a place where they stay: for timing `draft` and `verify`."""
         self._going_B.fill_(False)
         self._length_B.fill_(length)
         self._taps_start_B.fill_(length)
@@ -202,13 +209,13 @@ class StaticDecoder:
         device, count = self.target.device, len(job.prompt_ids)
         rows = slice(row, row + 1)
         with frozen(device):
-            ids_1P = torch.tensor([list(job.prompt_ids)], device=device)
+            ids_1P = _sent(torch.tensor([list(job.prompt_ids)]), device)
             positions_1P = torch.arange(count, device=device)[None]
             last_1PD, taps = self._static.run(ids_1P, positions_1P, rows)
             self._take_in(taps, positions_1P, rows)
             if job.source is not None:
                 uniforms = torch.stack([job.source.uniform() for _ in range(max_new_tokens)])
-                self._uniforms_BR[row, :max_new_tokens] = uniforms.to(device)
+                self._uniforms_BR[row, :max_new_tokens] = _sent(uniforms, device)
             logits_11V = self.target.head.logits(last_1PD[:, -1:])
             first_11 = self._choose(logits_11V, torch.zeros_like(positions_1P[:, :1]), rows)
             self._anchor_B[row] = first_11[0, 0]
@@ -249,6 +256,7 @@ class StaticDecoder:
                 f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the decoder's "
                 f"length of {self.length}; make it with a larger one."
             )
+        self.stand_at(0)  # an interrupted call may have left rows going
         ends = self.target.eos_token_ids if eos_token_ids is None else eos_token_ids
         none: list[GeneratorSource | None] = [None] * len(prompts)
         jobs = [_Job(*pair) for pair in zip(prompts, sources or none, strict=True)]
@@ -314,3 +322,10 @@ class StaticDecoder:
             job.done = out.finished or len(out.ids) >= max_new_tokens
             if job.done:
                 out.seconds = {"decode": time.perf_counter() - job.begun}
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a host tensor on the device, without waiting for what runs there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

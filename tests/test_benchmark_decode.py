@@ -35,7 +35,8 @@ def test_every_way_is_checked_measured_and_kept(tmp_path, capsys):
     ]
     for row in rows:
         assert row["same"] == 1.0
-        assert row["tokens"] == rows[0]["tokens"]
+        assert row["tokens"] == rows[0]["tokens"] * (1 if row["rows"] == 1 else 3)
+        assert row["gap"] <= 1e-3
         assert min(row[f"ms_{name}"] for name in ("plain", "draft", "verify")) > 0
     said = capsys.readouterr().out
     assert "rows 2:" in said
@@ -48,6 +49,10 @@ def test_a_way_that_emits_what_the_target_would_not_is_not_timed(toy):
     wrong = decode.Way("wrong", lambda prompts: [[7] * 10 for _ in prompts])
     with pytest.raises(AssertionError, match="below the target's choice"):
         decode.check(target, wrong, prompts, [])
+    wrong.ours = False  # another's fault is a result
+    found = decode.check(target, wrong, prompts, [[7] * 10, [8] * 10])
+    assert found["gap"] > 0.1
+    assert found["same"] == 0.5
 
 
 @torch.no_grad()
@@ -55,7 +60,7 @@ def test_in_fp32_ours_must_be_the_same_to_the_token(toy):
     target, drafter, prompts = toy
     own = decode.ways(target, drafter, 4, 10, [1])[2]
     expected = own.decode(prompts)
-    assert decode.check(target, own, prompts, expected) == 1.0
+    assert decode.check(target, own, prompts, expected)["same"] == 1.0
     shorter = [ids[:-1] for ids in expected]
     with pytest.raises(AssertionError, match="2 responses are not the target's own"):
         decode.check(target, own, prompts, shorter)

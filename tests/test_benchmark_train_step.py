@@ -14,7 +14,7 @@ from benchmarks import train_step
 from benchmarks.competitors import Ours, full_stack, make_case, plain, step_arithmetic
 from benchmarks.shapes import SHAPES, random_target
 
-WORDS = ["--toy", "--tokens", "64", "--warmup", "1", "--steps", "2", "--layers", "1"]
+WORDS = ["--toy", "--tokens", "64", "--warmup", "2", "--steps", "2", "--layers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def test_rows_are_kept_and_not_measured_again(tmp_path, capsys, monkeypatch):
     assert "specforge is not there: see --peers" in said
     assert "| toy | 4 | ours |" in said
     monkeypatch.setattr(train_step, "measure", None)
+    monkeypatch.setattr(train_step, "random_target", None)
     train_step.main(words)  # nothing is measured
     assert len(output.read_text().splitlines()) == 4
 
@@ -71,7 +72,8 @@ def test_a_peers_failure_is_a_row_and_ours_is_an_error(case, monkeypatch):
 
 
 def test_the_table_says_how_much_faster_ours_is():
-    base = {"shapes": "toy", "tokens": 64, "block_size": 4, "layers": 1, "matrix_teraflops": 2.0}
+    base = {"shapes": "toy", "tokens": 64, "block_size": 4, "layers": 1, "taps": 2}
+    base["matrix_teraflops"] = 2.0
     times = dict.fromkeys(("step_ms", "forward_ms", "backward_ms", "update_ms"), 1.0)
     times |= {"tokens_per_second": 1.0, "teraflops": 1.0}
     rows = [

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 import evaluate
 from data.render import ChatFormat
@@ -353,12 +354,18 @@ def test_the_verb_looks_at_a_run_and_its_rows(tmp_path, capsys):
     rows = tmp_path / "aligned.jsonl"
     rows.write_text("".join(json.dumps(one) + "\n" for one in aligned))
     words = ["doctor", "--ckpt", str(tmp_path / "run")]
+    config = tmp_path / "run" / "config.yaml"
+    as_it_was = config.read_text()
+    with_cache = yaml.safe_load(as_it_was)
+    with_cache["data"]["cache"] = str(tmp_path / "gone")
+    config.write_text(yaml.safe_dump(with_cache))  # rows that are named come before it
     capsys.readouterr()
     evaluate.main([*words, "--data", str(rows)])
     said = capsys.readouterr().out
     assert "FAULT" not in said
     assert "ok     chat template: 3 of 3" in said
     assert "no known fault" in said
+    config.write_text(as_it_was)
     output = tmp_path / "found.json"
     with pytest.raises(SystemExit) as stop:  # the run's own rows say nothing that it would say
         evaluate.main([*words, "--output", str(output)])

@@ -134,6 +134,63 @@ def test_windows_slide_over_a_long_row():
     assert ours.ids == slow(target, None, prompt, 0, 30, ends=()).ids
 
 
+@torch.no_grad()
+def test_a_call_that_was_interrupted_leaves_nothing_going(pair, monkeypatch):
+    target, drafter = pair
+    decoder = StaticDecoder(target, drafter, rows=2, length=80)
+    launch, launched = StaticDecoder._launch, []
+
+    def stop(self, jobs):
+        launched.append(jobs)
+        if len(launched) == 3:
+            raise KeyboardInterrupt
+        return launch(self, jobs)
+
+    monkeypatch.setattr(StaticDecoder, "_launch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(PROMPTS[:2], max_new_tokens=60, eos_token_ids=())
+    monkeypatch.undo()
+    (ours,) = decoder.decode(PROMPTS[2:3], max_new_tokens=60, eos_token_ids=())
+    assert_same(ours, slow(target, drafter, PROMPTS[2], 2, 60, ends=()))
+    assert not decoder._going_B[1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rows_may_be_very_short(family, length):
+    target = in_memory(family)
+    StaticTarget(target, length=length)
+    decoder = StaticDecoder(target, None, length=length)
+    if length > 1:
+        assert len(decoder.decode([[5]], max_new_tokens=1)[0].ids) == 1
+
+
+def test_a_window_that_the_config_does_not_name_is_refused(monkeypatch):
+    target = in_memory("llama")
+    masks = StaticTarget._masks
+
+    def windowed(self, positions):
+        far = positions[:, None, :, None] - torch.arange(self.length) >= 100
+        return masks(self, positions).masked_fill(far, torch.finfo(torch.float32).min)
+
+    monkeypatch.setattr(StaticTarget, "_masks", windowed)
+    with pytest.raises(UserError, match="not give the same states with a cache of fixed size"):
+        StaticTarget(target, length=300)
+
+
+def test_rope_that_asks_the_host_is_refused():
+    target = in_memory("llama")
+    drafter = overfitted_drafter(target, [EvalPrompt("s", 0, PROMPTS[0])], steps=1)
+    drafter.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match="drafter's rope is of type dynamic"):
+        StaticDecoder(target, drafter, length=20)
+    by_layer = in_memory("gemma3")
+    rope = by_layer.config.rope_parameters
+    rope["full_attention"] = rope["full_attention"] | {"rope_type": "longrope"}
+    with pytest.raises(UserError, match="its rope is of type longrope"):
+        StaticTarget(by_layer, length=20)
+
+
 def test_what_does_not_fit_or_go_is_one_sentence():
     target = in_memory("llama")
     decoder = StaticDecoder(target, None, length=20)

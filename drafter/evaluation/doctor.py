@@ -381,9 +381,10 @@ def _replay(patient: Patient) -> Iterator[Finding]:
     for place, row in enumerate(patient.rows[:PROMPTS]):
         first = int(np.flatnonzero(row.supervised)[0])
         prompts.append(EvalPrompt("doctor", place, np.asarray(row.input_ids)[:first].tolist()))
-    prompts = [prompt for prompt in prompts if prompt.ids]
+    room = patient.target.max_length - NEW_TOKENS
+    prompts = [prompt for prompt in prompts if 0 < len(prompt.ids) <= room]
     if not prompts:
-        yield Finding("replay and loop", "no row has a prompt: not compared")
+        yield Finding("replay and loop", "no row has a prompt that leaves room: not compared")
         return
     target, drafter = patient.target, patient.drafter
     answers = target.generate([prompt.ids for prompt in prompts], NEW_TOKENS)
