@@ -425,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.toy and not torch.cuda.is_available():
             raise UserError("There is no GPU here; --toy runs a small version on the CPU.")
         if options.peers:
-            sys.path.insert(0, options.peers)
+            sys.path.append(options.peers)  # what they need may be here in a version of its own
         print(show(run(options)))
 
 

@@ -246,8 +246,11 @@ class StaticDecoder:
             sources: Random decisions of each prompt, one for each token; needed unless greedy.
 
         Raises:
-            UserError: A prompt with its response does not fit into S.
+            UserError: A prompt is empty, or does not fit with its response into S, or into the
+                target's context.
         """
+        for place, prompt in enumerate(prompts):
+            self.target.check_length(len(prompt), max_new_tokens, f"Prompt {place}")
         if sources is None and not self.sampling.greedy:
             raise UserError("sampled decoding needs a source of random numbers for each prompt")
         longest = max(map(len, prompts), default=0)

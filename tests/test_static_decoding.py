@@ -197,6 +197,8 @@ def test_what_does_not_fit_or_go_is_one_sentence():
     with pytest.raises(UserError, match="exceed the decoder's length of 20"):
         decoder.decode([[1] * 11], max_new_tokens=10)
     assert len(decoder.decode([[1] * 10], max_new_tokens=10, eos_token_ids=())[0].ids) == 10
+    with pytest.raises(UserError, match="Prompt 1 is empty"):
+        decoder.decode([[1], []], max_new_tokens=10)
     warm = StaticDecoder(target, None, length=20, sampling=WARM)
     with pytest.raises(UserError, match="a source of random numbers"):
         warm.decode([[1]], max_new_tokens=2)
