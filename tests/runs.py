@@ -147,8 +147,11 @@ def finished(
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)
-        time.sleep(2)
+        for pid in _members(process.pid):  # one after another: they write to one pipe
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+            time.sleep(0.3)
+        time.sleep(1)
         _kill(process)
         out, err = process.communicate()
         raise AssertionError(
@@ -158,6 +161,16 @@ def finished(
         _kill(process)
         raise
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _members(group: int) -> list[int]:
+    """Returns the processes of a group (Linux); elsewhere only the one that leads it."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(int(place.name)) == group:
+                found.append(int(place.name))
+    return sorted(found) or [group]
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
