@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import train
 from callbacks.run_files import git_commit
@@ -31,7 +30,7 @@ from drafter.evaluation.measure import FeatureStore
 from drafter.evaluation.options import check_device, measured_as, parse, settings_from
 from drafter.evaluation.output import show, write_ablation, write_result
 from drafter.evaluation.plan import plan
-from drafter.evaluation.recipes import flat, read_grid
+from drafter.evaluation.recipes import flat, read_grid, read_yaml
 from drafter.evaluation.report import report, sort_by_fit
 from drafter.evaluation.results import merge, read_result, summarise
 from drafter.evaluation.tables import name_apart
@@ -99,7 +98,7 @@ def run_doctor(options: argparse.Namespace) -> None:
 
 def run_settings(config: Path | None) -> dict[str, Any]:
     """Returns what a run's config says, by dotted name; nothing without one."""
-    return {} if config is None else flat(yaml.safe_load(config.read_text()) or {})
+    return {} if config is None else flat(read_yaml(config))
 
 
 def run_merge(options: argparse.Namespace) -> None:

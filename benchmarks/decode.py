@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.lines import write_lines
 from data.eval_prompts import load_eval_prompts
 from data.sharing import load_target
 from drafter.decoding import CachedDrafter, CachedTarget, decode_plainly, decode_speculatively
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.loading import check_fits, load_drafter
 from drafter.evaluation.markdown import markdown_rows
-from drafter.files import write_atomic
 from drafter.graphs import CudaRecorder
 from drafter.model import Drafter
 from drafter.static_decoding import StaticDecoder
@@ -305,8 +305,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         row |= measure(way, prompts, target.device) | record
         rows.append(row)
         print(json.dumps(row), flush=True)
-        if output is not None:
-            write_atomic(output, "".join(json.dumps(one) + "\n" for one in rows))
+        write_lines(output, rows)
     return rows
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks.competitors import Ours, full_stack, make_case
+from benchmarks.lines import read_lines, write_lines
 from benchmarks.shapes import SHAPES, random_target
 from benchmarks.train_step import TARGET_LAYERS, forget, measure
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.markdown import markdown_rows
 from drafter.evaluation.plots import COLOURS, pyplot
-from drafter.files import write_atomic
 from evaluate import where_and_when
 
 AXES: dict[str, Sequence[int]] = {
@@ -58,9 +58,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = torch.float32 if options.toy else torch.bfloat16
     axes, base = (TOY_AXES, TOY_BASE) if options.toy else (AXES, BASE)
     output = Path(options.output) if options.output else None
-    rows: list[dict[str, Any]] = []
-    if output is not None and output.exists():
-        rows = list(map(json.loads, output.read_text().splitlines()))
+    rows = read_lines(output)
     record = where_and_when(device)
     target, made_for = None, 0
     for axis in options.axes or axes:
@@ -91,8 +89,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             forget()
             rows.append(line | record)
             print(json.dumps(rows[-1]), flush=True)
-            if output is not None:
-                write_atomic(output, "".join(json.dumps(row) + "\n" for row in rows))
+            write_lines(output, rows)
     return rows
 
 

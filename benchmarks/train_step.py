@@ -43,12 +43,12 @@ from benchmarks.competitors import (
     plain,
     step_arithmetic,
 )
+from benchmarks.lines import read_lines, write_lines
 from benchmarks.shapes import SHAPES, random_target
 from drafter.attention import build_visibility
 from drafter.blocks import build_blocks
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.markdown import markdown_rows
-from drafter.files import write_atomic
 from evaluate import where_and_when
 from losses import BlockScores, CombinedLoss
 
@@ -247,9 +247,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device("cpu" if options.toy else "cuda")
     dtype = torch.float32 if options.toy else torch.bfloat16
     output = Path(options.output) if options.output else None
-    rows: list[dict[str, Any]] = []
-    if output is not None and output.exists():
-        rows = list(map(json.loads, output.read_text().splitlines()))
+    rows = read_lines(output)
     peers = [name for name in options.drafters if not name.startswith("ours")]
     for name in {name.split(",")[0] for name in peers}:
         if importlib.util.find_spec(name) is None:
@@ -281,8 +279,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 line |= _measured(case, line["drafter"], options) | record
                 rows.append(line)
                 print(json.dumps(line), flush=True)
-                if output is not None:
-                    write_atomic(output, "".join(json.dumps(row) + "\n" for row in rows))
+                write_lines(output, rows)
         del target, case, case_of
         forget()
     return rows

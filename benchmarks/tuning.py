@@ -25,20 +25,15 @@ from typing import Any
 import torch
 
 from benchmarks.curves import scalars
+from benchmarks.lines import read_lines, write_lines
 from data.sharing import shared_between_runs
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.markdown import markdown_rows
 from drafter.evaluation.plots import pyplot
 from drafter.evaluation.recipes import Row, read_grid
-from drafter.files import write_atomic
 from evaluate import train_row, where_and_when
 
 LENGTH = "val/accepted_length"
-
-
-def read(output: Path) -> list[dict[str, Any]]:
-    """Returns the lines that are there."""
-    return list(map(json.loads, output.read_text().splitlines())) if output.exists() else []
 
 
 def run(options: argparse.Namespace) -> list[str]:
@@ -53,7 +48,9 @@ def run(options: argparse.Namespace) -> list[str]:
     with shared_between_runs():
         for grid, row in recipes:
             title, family = f"{grid}: {row.name}", row.family(options.overrides)
-            if any((one["family"], one["seed"]) == (family, options.seed) for one in read(output)):
+            if any(
+                (one["family"], one["seed"]) == (family, options.seed) for one in read_lines(output)
+            ):
                 continue
             work_units = size(row, options.overrides)
             left = options.budget - (time.perf_counter() - begun)
@@ -73,8 +70,8 @@ def run(options: argparse.Namespace) -> list[str]:
                 continue
             if not line["resumed"]:
                 paces.append(line["seconds"] / work_units)
-            lines = [*read(output), {**line, **record}]
-            write_atomic(output, "".join(json.dumps(one) + "\n" for one in lines))
+            lines = [*read_lines(output), {**line, **record}]
+            write_lines(output, lines)
             print(json.dumps(line), flush=True)
     return failed
 
@@ -118,7 +115,7 @@ def best(line: dict[str, Any]) -> float:
 
 def show(options: argparse.Namespace) -> list[str]:
     """Prints a table of what is there, the longest first; plots accepted length against epochs."""
-    lines = [line for path in options.results for line in read(Path(path))]
+    lines = [line for path in options.results for line in read_lines(Path(path))]
     lines = [line for line in lines if not options.grid or line["grid"] in options.grid]
     if not lines:
         raise UserError(f"{', '.join(options.results)}: no recipe is there.")
