@@ -356,6 +356,11 @@ class OnlineHiddenStates(LightningDataModule):
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
+    def _last_hidden_asked(self) -> bool:
+        """Whether the run's loss reads what the head reads."""
+        ask = getattr(getattr(self.trainer, "lightning_module", None), "feature_request", None)
+        return ask is not None and ask()[1]
+
     def _loader(
         self, rows: RowSet, batch_size: int, *, training: bool, accumulate: int = 1
     ) -> DraftLoader:
@@ -369,6 +374,7 @@ class OnlineHiddenStates(LightningDataModule):
             pack_length=self.pack_length,
             resample=training,
             features=rows.rows if isinstance(rows.rows, CachedRows) else None,
+            last_hidden=self._last_hidden_asked(),
         )
         batches = EpochBatches(
             len(rows),

@@ -30,8 +30,16 @@ MOST_GRAPHS = 32
 about 16 of them out of rows of up to 1,024 tokens."""
 
 
-READ = ("input_ids", "supervised", "document_ids", "positions", "anchors", "hidden_states")
-"""Fields of a batch that scoring reads."""
+READ = (
+    "input_ids",
+    "supervised",
+    "document_ids",
+    "positions",
+    "anchors",
+    "hidden_states",
+    "last_hidden",
+)
+"""Fields of a batch that scoring reads; the last may be missing."""
 
 
 class Recorder(Protocol):
@@ -97,6 +105,8 @@ class Inputs:
         views: dict[str, Any] = {}
         for name in READ:
             tensor = getattr(batch, name)
+            if tensor is None:
+                continue
             buffer = self._buffers.get(name)
             if buffer is None or buffer.numel() < tensor.numel():
                 buffer = self._buffers[name] = tensor.new_empty(tensor.numel())
@@ -151,14 +161,21 @@ class StepGraphs:
             )
             self._recorded[shape] = recording
         recording.take(batch)
-        log_prob, correct, valid = _Replay.apply(recording, *self._parameters)
-        return BlockScores(log_prob=log_prob, correct=correct, valid=valid)
+        correct, valid, *trained = _Replay.apply(recording, *self._parameters)
+        named = zip(trained_scores(recording.scores), trained, strict=True)
+        return BlockScores(correct=correct, valid=valid, **dict(named))
 
 
 def _shape(batch: DraftBatch) -> Hashable:
     states = batch.hidden_states
     assert states is not None
-    return (states.shape, states.dtype, batch.anchors.shape)
+    return (states.shape, states.dtype, batch.anchors.shape, batch.last_hidden is None)
+
+
+def trained_scores(scores: BlockScores) -> dict[str, Tensor]:
+    """Returns the scores that have a gradient, by name."""
+    named = {"log_prob": scores.log_prob, "kl": scores.kl}
+    return {name: score for name, score in named.items() if score is not None}
 
 
 class _Recording:
@@ -185,7 +202,7 @@ class _Recording:
         self._place = place
         self.gradients = gradients
         self.scores: BlockScores
-        self.upstream: Tensor
+        self.upstream: list[Tensor]
 
         def ahead() -> None:
             # what autocast keeps of weights must be made inside the graph, and not outlive it
@@ -196,14 +213,17 @@ class _Recording:
 
         def back() -> None:
             with torch.autocast(batch.anchors.device.type, enabled=False):
-                found = torch.autograd.grad(self.scores.log_prob, parameters, self.upstream)
+                trained = trained_scores(self.scores)
+                found = torch.autograd.grad(list(trained.values()), parameters, self.upstream)
             torch._foreach_copy_(gradients, found)
             # the graph, and with it the stream that it was made on, must not outlive its use
-            self.scores.log_prob = self.scores.log_prob.detach()
+            for name, score in trained.items():
+                setattr(self.scores, name, score.detach())
 
         def both() -> None:
             ahead()
-            self.upstream = torch.zeros_like(self.scores.log_prob, requires_grad=False)
+            trained = trained_scores(self.scores).values()
+            self.upstream = [torch.zeros_like(score, requires_grad=False) for score in trained]
             back()
 
         self.take(batch)
@@ -214,28 +234,29 @@ class _Recording:
     def take(self, batch: DraftBatch) -> None:
         """Copies a batch to where the recorded kernels read it."""
         for name in READ:
-            getattr(self._place, name).copy_(getattr(batch, name), non_blocking=True)
+            tensor = getattr(batch, name)
+            if tensor is not None:
+                getattr(self._place, name).copy_(tensor, non_blocking=True)
 
 
 class _Replay(torch.autograd.Function):
     """A recording as one operation of autograd; takes the parameters to give them gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, recording: _Recording, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, recording: _Recording, *parameters: Tensor) -> tuple[Tensor, ...]:
         recording.ahead()
         ctx.recording = recording
         scores = recording.scores
         correct, valid = scores.correct.clone(), scores.valid.clone()
         ctx.mark_non_differentiable(correct, valid)
-        return scores.log_prob.detach().clone(), correct, valid
+        trained = [score.detach().clone() for score in trained_scores(scores).values()]
+        return correct, valid, *trained
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, _: Any, __: Any, *upstream: Tensor) -> tuple[Any, ...]:
         recording: _Recording = ctx.recording
-        recording.upstream.copy_(upstream)
+        torch._foreach_copy_(recording.upstream, list(upstream))
         recording.back()
         # parameters keep their gradients beyond the next replay; copied here it is one launch
         return None, *torch._foreach_mul(recording.gradients, 1.0)

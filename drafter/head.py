@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from drafter.blocks import Blocks
 from losses.scores import BlockScores
+
+if TYPE_CHECKING:
+    from drafter.soft_labels import SoftLabels
 
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 23}
 """Most logits held at once, by device: 2^26 fp32 values are 256 MiB, and `logit_buffers` of
@@ -36,6 +39,8 @@ class SlotScores(NamedTuple):
     """(T,) fp32 (fp64 for an fp64 head), log q(label)."""
     correct: Tensor
     """(T,) bool, whether the argmax (lowest id on ties) is the label."""
+    kl: Tensor | None = None
+    """(T,) like log_prob, KL(p || q) in nats, if soft labels were given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,7 @@ def score_slots(
     labels_T: Tensor,
     chunk_rows: int | None = None,
     *,
+    soft: SoftLabels | None = None,
     compiled: bool = False,
 ) -> SlotScores:
     """Returns log-probabilities and correctness of labels, differentiable in `hidden_TD` only.
@@ -101,14 +107,15 @@ def score_slots(
         hidden_TD: (T, D) drafter states after its final norm; T may be 0.
         labels_T: (T,) int64 token ids.
         chunk_rows: Slots per chunk; default by `CHUNK_ELEMENTS`.
+        soft: The target's distribution at each slot, for its divergence.
         compiled: Let torch.compile fuse the work between the matrix products.
     """
     how = _How(chunk_rows or head.chunk_rows(), _compiled_fold() if compiled else _fold)
     if hidden_TD.requires_grad and torch.is_grad_enabled():
-        log_prob_T, correct_T = _ScoreSlots.apply(head, hidden_TD, labels_T, how)
+        log_prob_T, correct_T, kl_T = _ScoreSlots.apply(head, hidden_TD, labels_T, soft, how)
     else:
-        log_prob_T, correct_T, _ = _score(head, hidden_TD, labels_T, how, False)
-    return SlotScores(log_prob_T, correct_T)
+        log_prob_T, correct_T, kl_T, _ = _score(head, hidden_TD, labels_T, soft, how, False)
+    return SlotScores(log_prob_T, correct_T, kl_T)
 
 
 _Fold = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
@@ -122,54 +129,115 @@ class _How(NamedTuple):
 class _ScoreSlots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, how: _How
-    ) -> tuple[Tensor, Tensor]:
-        log_prob_T, correct_T, slope_TD = _score(head, hidden_TD, labels_T, how, True)
-        ctx.save_for_backward(slope_TD)
+        ctx: Any,
+        head: FrozenHead,
+        hidden_TD: Tensor,
+        labels_T: Tensor,
+        soft: SoftLabels | None,
+        how: _How,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        log_prob_T, correct_T, kl_T, slopes = _score(head, hidden_TD, labels_T, soft, how, True)
+        ctx.save_for_backward(*slopes)
         ctx.mark_non_differentiable(correct_T)
-        return log_prob_T, correct_T
+        return log_prob_T, correct_T, kl_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_prob_T: Tensor, _: Tensor) -> tuple[Any, ...]:
-        (slope_TD,) = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_log_prob_T: Tensor, _: Tensor, grad_kl_T: Tensor | None
+    ) -> tuple[Any, ...]:
+        slope_TD, *kl_slopes = ctx.saved_tensors
         grad_TD = grad_log_prob_T.unsqueeze(-1) * slope_TD
-        return None, grad_TD.to(slope_TD.dtype), None, None
+        for kl_slope_TD in kl_slopes:
+            assert grad_kl_T is not None
+            grad_TD = grad_TD + grad_kl_T.unsqueeze(-1) * kl_slope_TD
+        return None, grad_TD.to(slope_TD.dtype), None, None, None
 
 
 @torch.no_grad()
 def _score(
-    head: FrozenHead, hidden_TD: Tensor, labels_T: Tensor, how: _How, with_slope: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns log q(label) (T,), correctness (T,) and d log q(label) / d hidden (T, D or 0)."""
+    head: FrozenHead,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    soft: SoftLabels | None,
+    how: _How,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """Returns log q(label) (T,), correctness (T,), KL(p || q) (T,) or None, and slopes.
+
+    Slopes, if asked for, are d log q(label) / d hidden (T, D) and, with soft labels,
+    d KL(p || q) / d hidden (T, D).
+    """
     score_dtype = torch.promote_types(head.weight.dtype, torch.float32)
     log_prob_T = torch.empty(len(labels_T), dtype=score_dtype, device=hidden_TD.device)
     correct_T = torch.empty(len(labels_T), dtype=torch.bool, device=hidden_TD.device)
-    slope_TD = torch.empty_like(hidden_TD) if with_slope else hidden_TD.new_empty(0)
+    kl_T = None if soft is None else torch.empty_like(log_prob_T)
+    slopes = [torch.empty_like(hidden_TD) for _ in range((soft is not None) + 1) if with_slope]
     for start in range(0, len(labels_T), how.chunk_rows):
         part = slice(start, start + how.chunk_rows)
-        log_prob_T[part], correct_T[part], slope_CD = _score_chunk(
-            head, hidden_TD[part], labels_T[part].unsqueeze(-1), how, with_slope
-        )
-        if slope_CD is not None:
-            slope_TD[part] = slope_CD
-    return log_prob_T, correct_T, slope_TD
+        chunk = _score_chunk(head, hidden_TD[part], labels_T[part].unsqueeze(-1), how, with_slope)
+        log_prob_T[part], correct_T[part] = chunk.log_prob, chunk.correct
+        if kl_T is not None and soft is not None:
+            ours = soft.part(part)
+            kl_T[part] = chunk.log_total - _mean_logit(head, hidden_TD[part], ours) - ours.entropy
+        for place, slope_CD in enumerate(chunk.slopes(head, soft and soft.part(part))):
+            slopes[place][part] = slope_CD
+    return log_prob_T, correct_T, kl_T, slopes
+
+
+def _mean_logit(head: FrozenHead, hidden_CD: Tensor, soft: SoftLabels) -> Tensor:
+    """Returns E_p[z_q] (C,) in the dtype of soft's rows."""
+    seen_CD = hidden_CD.to(head.weight.dtype).to(soft.rows.dtype)  # rounded as the head sees it
+    mean_C = (seen_CD * soft.rows).sum(-1)
+    return (mean_C if soft.bias is None else mean_C + soft.bias) * head.scale
+
+
+class _Chunk(NamedTuple):
+    """A chunk's scores; its logits are gone before the next one's are made."""
+
+    log_prob: Tensor
+    """(C,), log q(label)."""
+    correct: Tensor
+    """(C,) bool."""
+    log_total: Tensor
+    """(C,), log sum_v exp z_v."""
+    label_rows: Tensor | None
+    """(C, D), cap'_y W_y, and ..."""
+    mean_rows: Tensor | None
+    """(C, D), sum_v q_v cap'_v W_v, if slopes are wanted."""
+
+    def slopes(self, head: FrozenHead, soft: SoftLabels | None) -> list[Tensor]:
+        """Returns d log q(y) / d hidden (C, D) and, with soft labels, d KL(p || q) / d hidden."""
+        if self.mean_rows is None or self.label_rows is None:
+            return []
+        slopes = [(self.label_rows - self.mean_rows) * head.scale]
+        if soft is not None:
+            slopes.append((self.mean_rows - soft.rows) * head.scale)
+        return slopes
 
 
 def _score_chunk(
     head: FrozenHead, hidden_CD: Tensor, labels_C1: Tensor, how: _How, with_slope: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `_score`, of one chunk: its logits are gone before the next one's are made."""
+) -> _Chunk:
     logits_CV = head.logits(hidden_CD)
     label_logit_C1 = logits_CV.gather(-1, labels_C1)
     top_C1, top_id_C1, total_C1, weights_CV = how.fold(
         logits_CV, head.softcap, head.weight.dtype if with_slope else None
     )
-    log_prob_C1 = label_logit_C1 - top_C1 - total_C1.log()
-    slope_CD = None
+    log_total_C1 = top_C1 + total_C1.log()
+    label_rows_CD = mean_rows_CD = None
     if weights_CV is not None:
-        slope_CD = _slope(head, weights_CV, total_C1, labels_C1, label_logit_C1)
-    return log_prob_C1.squeeze(-1), (top_id_C1 == labels_C1).squeeze(-1), slope_CD
+        label_rows_CD = head.weight[labels_C1.squeeze(-1)].to(total_C1.dtype)
+        if head.softcap is not None:
+            label_rows_CD = label_rows_CD * _cap_slope(label_logit_C1, head.softcap)
+        mean_rows_CD = weighted_rows(head, weights_CV) / total_C1
+    return _Chunk(
+        (label_logit_C1 - top_C1 - total_C1.log()).squeeze(-1),
+        (top_id_C1 == labels_C1).squeeze(-1),
+        log_total_C1.squeeze(-1),
+        label_rows_CD,
+        mean_rows_CD,
+    )
 
 
 def _fold(
@@ -211,20 +279,10 @@ def _cap_slope(logits: Tensor, softcap: float) -> Tensor:
     return 1 - (logits / softcap).square()
 
 
-def _slope(
-    head: FrozenHead,
-    weights_CV: Tensor,
-    total_C1: Tensor,
-    labels_C1: Tensor,
-    label_logit_C1: Tensor,
-) -> Tensor:
-    """Returns `d log q(y) / d hidden = scale * (cap'_y W_y - sum_v q_v cap'_v W_v)`, (C, D)."""
-    label_rows_CD = head.weight[labels_C1.squeeze(-1)].to(total_C1.dtype)
-    if head.softcap is not None:
-        label_rows_CD = label_rows_CD * _cap_slope(label_logit_C1, head.softcap)
+def weighted_rows(head: FrozenHead, weights_CV: Tensor) -> Tensor:
+    """Returns sum_v weights_v W_v, (C, D) in fp32 (fp64 for an fp64 head)."""
     with torch.autocast(weights_CV.device.type, enabled=False):
-        mean_CD = _matmul_fp32(weights_CV, head.weight) / total_C1
-    return (label_rows_CD - mean_CD) * head.scale
+        return _matmul_fp32(weights_CV, head.weight)
 
 
 def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
@@ -242,6 +300,7 @@ def score_blocks(
     blocks: Blocks,
     num_slots: int | None = None,
     *,
+    soft: SoftLabels | None = None,
     fixed_shape: bool = False,
     compiled: bool = False,
 ) -> BlockScores:
@@ -252,31 +311,56 @@ def score_blocks(
         hidden_BAKD: (B, A, K, D) drafter states.
         blocks: Of the same B rows and A anchors.
         num_slots: Valid slots, if known on the host: counting them on a GPU would wait for it.
+        soft: Of the B * S positions; a label's are those of the position before it.
         fixed_shape: Let the head see invalid slots too, for the same scores: no shape on the way
             then depends on which slots are valid, as CUDA graphs need it.
         compiled: See `score_slots`.
     """
     valid_MN = blocks.valid.flatten(0, 1)
     flat_valid = valid_MN.flatten()
+    drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
+    labels_S = blocks.labels.flatten()
+    place_S = None if soft is None else _before_labels(blocks, len(soft.entropy))
     if fixed_shape:
-        drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
-        scores = score_slots(head, drafted_SD, blocks.labels.flatten(), compiled=compiled)
+        soft_S = None if soft is None or place_S is None else soft.at(place_S)
+        scores = score_slots(head, drafted_SD, labels_S, soft=soft_S, compiled=compiled)
+        kl_S = None if scores.kl is None else torch.where(flat_valid, scores.kl, 0.0)
         return BlockScores(
             log_prob=torch.where(flat_valid, scores.log_prob, 0.0).view_as(valid_MN),
             correct=(scores.correct & flat_valid).view_as(valid_MN),
             valid=valid_MN,
+            kl=None if kl_S is None else kl_S.view_as(valid_MN),
         )
     if num_slots is None:
         index_T = flat_valid.nonzero().squeeze(-1)
     else:
         index_T = torch.nonzero_static(flat_valid, size=num_slots).squeeze(-1)
-    drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
-    labels_T = blocks.labels.flatten()[index_T]
-    # not by indexing, whose backward pass would sort the index
-    drafted_TD = drafted_SD.index_select(0, index_T)
-    scores = score_slots(head, drafted_TD, labels_T, compiled=compiled)
-    log_prob = scores.log_prob.new_zeros(len(flat_valid)).index_copy(0, index_T, scores.log_prob)
-    correct = torch.zeros_like(flat_valid).index_copy(0, index_T, scores.correct)
-    return BlockScores(
-        log_prob=log_prob.view_as(valid_MN), correct=correct.view_as(valid_MN), valid=valid_MN
+    scores = score_slots(
+        head,
+        drafted_SD.index_select(0, index_T),  # not by indexing: its backward would sort the index
+        labels_S[index_T],
+        soft=None if soft is None or place_S is None else soft.at(place_S[index_T]),
+        compiled=compiled,
     )
+
+    def spread(score_T: Tensor) -> Tensor:
+        zeros_S = score_T.new_zeros(len(flat_valid))
+        return zeros_S.index_copy(0, index_T, score_T).view_as(valid_MN)
+
+    return BlockScores(
+        log_prob=spread(scores.log_prob),
+        correct=spread(scores.correct),
+        valid=valid_MN,
+        kl=None if scores.kl is None else spread(scores.kl),
+    )
+
+
+def _before_labels(blocks: Blocks, positions: int) -> Tensor:
+    """Returns (B * A * N,) places, among B * S flattened positions, before each slot's label."""
+    rows, _, drafted = blocks.labels.shape
+    length = positions // rows
+    slots_N = torch.arange(drafted, device=blocks.anchors.device)
+    # the label of slot k = 1..N is the token at anchor + k; invalid slots are scored nowhere
+    place_BAN = (blocks.anchors.clamp(min=0).unsqueeze(-1) + slots_N).clamp(max=length - 1)
+    first_B11 = torch.arange(rows, device=place_BAN.device).view(-1, 1, 1) * length
+    return (place_BAN + first_B11).flatten()

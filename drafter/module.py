@@ -32,12 +32,14 @@ from drafter.mask_token import choose_mask_token
 from drafter.model import Drafter
 from drafter.optimisation import (
     OptimiserSettings,
+    OptimizerKind,
     apply_settings,
     make_optimizer,
     number_as_module,
 )
 from drafter.ranks import sum_over_ranks
 from drafter.sharding import full, is_sharded, shard, whole
+from drafter.soft_labels import SoftLabels, soft_labels
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
 from losses.combined import CombinedLoss, LossOutput
@@ -69,9 +71,11 @@ class DrafterModule(LightningModule):
         init_from: Start from a drafter's weights: a checkpoint, a run folder or a drafter's folder.
             Layers, widths, taps and mask token are that drafter's; steps, schedule and optimizer
             begin anew (`--ckpt_path` continues a run instead).
-        learning_rate: Peak learning rate of AdamW.
+        optimizer: `adamw`, or `muon`: orthogonal steps for matrices (`drafter.muon`).
+        learning_rate: Peak learning rate; of either, for Muon's steps have AdamW's size.
         weight_decay: On matrices; norms have none.
         betas: AdamW's moment decays.
+        momentum: Muon's.
         warmup_fraction: Share of the steps with linear warm-up.
         final_lr_fraction: Learning rate at the end of the cosine, as a share of the peak.
         total_steps: Optimizer steps of the schedules; None takes trainer.max_steps, or
@@ -102,9 +106,11 @@ class DrafterModule(LightningModule):
         intermediate_size: int | None = None,
         init_from_target: InitFromTarget = "norm",
         init_from: str | None = None,
+        optimizer: OptimizerKind = "adamw",
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
+        momentum: float = 0.95,
         warmup_fraction: float = 0.015,
         final_lr_fraction: float = 0.0,
         total_steps: int | None = None,
@@ -132,9 +138,11 @@ class DrafterModule(LightningModule):
                 "intermediate_size": intermediate_size,
                 "init_from_target": init_from_target,
                 "init_from": init_from,
+                "optimizer": optimizer,
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
                 "betas": list(betas),
+                "momentum": momentum,
                 "warmup_fraction": warmup_fraction,
                 "final_lr_fraction": final_lr_fraction,
                 "total_steps": total_steps,
@@ -193,6 +201,11 @@ class DrafterModule(LightningModule):
                 raise UserError(
                     "--model.log_gradient_norms_every needs whole gradients, which FSDP2 spreads "
                     "over the ranks; set it to 0, or use configs/trainer/ddp.yaml."
+                )
+            if self.hparams.optimizer == "muon":
+                raise UserError(
+                    "--model.optimizer muon needs whole matrices, which FSDP2 spreads over the "
+                    "ranks; use adamw, or configs/trainer/ddp.yaml."
                 )
             shard(self.drafter, mesh)
         if self.hparams.compile_drafter:
@@ -304,6 +317,13 @@ class DrafterModule(LightningModule):
         """
         step, epoch = checkpoint.get("schedule_origin", (0, 0))
         self.schedule_origin = (step, epoch)
+        trained_with = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+        if self.hparams.optimizer != trained_with and self._resuming():
+            raise UserError(
+                f"The checkpoint was trained with --model.optimizer {trained_with}, this run says "
+                f"{self.hparams.optimizer}; resume with {trained_with}, or start a new run from "
+                "its weights with --model.init_from."
+            )
         saved = DrafterConfig.from_dict(checkpoint[CHECKPOINT_KEY])
         if self.drafter is None:
             self.drafter = Drafter(saved)
@@ -318,6 +338,10 @@ class DrafterModule(LightningModule):
                 "with the checkpoint's settings, or start a new run."
             )
 
+    def _resuming(self) -> bool:
+        """Whether a checkpoint's optimizer state is about to be read."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
     # ------------------------------------------------------------------ what others ask
 
     @property
@@ -329,7 +353,7 @@ class DrafterModule(LightningModule):
     def feature_request(self) -> tuple[tuple[int, ...], bool]:
         """Returns (tapped layer ids, whether last_hidden is needed) for the datamodule."""
         assert self.drafter is not None
-        return self.drafter.config.target_layer_ids, False
+        return self.drafter.config.target_layer_ids, self.loss.needs_target
 
     # ------------------------------------------------------------------ steps
 
@@ -363,9 +387,17 @@ class DrafterModule(LightningModule):
             hidden_BAKD,
             blocks,
             batch.num_slots,
+            soft=self._soft_labels(batch),
             fixed_shape=fixed_shape,
             compiled=self.hparams.compile_drafter,
         )
+
+    def _soft_labels(self, batch: DraftBatch) -> SoftLabels | None:
+        """Returns the target's distributions at all B * S positions, if a loss asks for them."""
+        if not self.loss.needs_target:
+            return None
+        assert batch.last_hidden is not None
+        return soft_labels(self.target.head, batch.last_hidden.flatten(0, 1))
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""
@@ -495,10 +527,12 @@ class DrafterModule(LightningModule):
             tuple(hparams.betas),
             hparams.warmup_fraction,
             hparams.final_lr_fraction,
+            hparams.optimizer,
+            hparams.momentum,
         )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Returns AdamW and a per-step schedule: linear warm-up, then cosine."""
+        """Returns the optimizer and a per-step schedule: linear warm-up, then cosine."""
         optimizer, scheduler = make_optimizer(
             self.parameters(),
             self._settings(),

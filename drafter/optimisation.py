@@ -1,26 +1,32 @@
-"""AdamW with a linear warm-up and a cosine, and how a resumed run's own settings win."""
+"""AdamW or Muon with a linear warm-up and a cosine, and how a resumed run's settings win."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from drafter.muon import Muon
+
+OptimizerKind = Literal["adamw", "muon"]
+
 
 @dataclass(frozen=True)
 class OptimiserSettings:
-    """AdamW's settings.
+    """The optimizer's settings.
 
     Args:
         learning_rate: Peak.
         weight_decay: On matrices; vectors (norms) have none.
-        betas: Moment decays.
+        betas: AdamW's moment decays.
         warmup_fraction: Share of the steps with linear warm-up.
         final_lr_fraction: Learning rate at the end of the cosine, as a share of the peak.
+        kind: `adamw`, or `muon` for the matrices (see `drafter.muon`).
+        momentum: Muon's.
     """
 
     learning_rate: float
@@ -28,6 +34,8 @@ class OptimiserSettings:
     betas: tuple[float, float]
     warmup_fraction: float
     final_lr_fraction: float
+    kind: OptimizerKind = "adamw"
+    momentum: float = 0.95
 
 
 def warmup_cosine(step: int, *, warmup: int, total: int, floor: float = 0.0) -> float:
@@ -51,18 +59,32 @@ def warmup_cosine(step: int, *, warmup: int, total: int, floor: float = 0.0) -> 
 
 def make_optimizer(
     parameters: Iterable[nn.Parameter], settings: OptimiserSettings, total_steps: int, fused: bool
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """Returns AdamW over two groups (matrices, vectors) and its per-step schedule."""
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Returns an optimizer over two groups (matrices, vectors) and its per-step schedule."""
     trained = [p for p in parameters if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=fused,
-    )
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
+    optimizer: torch.optim.Optimizer
+    if settings.kind == "muon":
+        optimizer = Muon(
+            matrices,
+            vectors,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            fused=fused,
+        )
     factor = learning_rate_factor(settings, total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -119,4 +141,7 @@ def apply_settings(
         group["initial_lr"] = settings.learning_rate
         group["lr"] = settings.learning_rate * factor
         group["weight_decay"] = decay
-        group["betas"] = settings.betas
+        if "betas" in group:
+            group["betas"] = settings.betas
+        if "momentum" in group:
+            group["momentum"] = settings.momentum

@@ -10,6 +10,7 @@ from losses.chain import Chain
 from losses.combined import CombinedLoss, LossOutput, WeightedTerm
 from losses.dpace import DPace
 from losses.first_error import FirstErrorFocal
+from losses.forward_kl import ForwardKL
 from losses.positional import PositionalCrossEntropy
 from losses.ratio import Ratio, Term
 from losses.schedule import Schedule
@@ -22,6 +23,7 @@ __all__ = [
     "CombinedLoss",
     "DPace",
     "FirstErrorFocal",
+    "ForwardKL",
     "LossOutput",
     "PositionalCrossEntropy",
     "Ratio",

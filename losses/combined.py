@@ -145,6 +145,11 @@ class CombinedLoss:
         terms.update((name, extra.term) for name, extra in (self.extra or {}).items())
         return terms
 
+    @property
+    def needs_target(self) -> bool:
+        """Whether a term reads the target's distribution."""
+        return any(term.needs_target for term in self.terms.values())
+
     def weights(self, progress: float) -> dict[str, float]:
         """Returns each term's weight in the total, with its sign.
 

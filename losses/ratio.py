@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ class Ratio:
 
 class Term(ABC):
     """A loss term over one micro-batch of blocks."""
+
+    needs_target: ClassVar[bool] = False
+    """Whether it reads the target's distribution (`BlockScores.kl`), not labels alone."""
 
     @abstractmethod
     def __call__(self, scores: BlockScores) -> Ratio:

@@ -86,6 +86,20 @@ class BlockScores:
         return torch.where(self.valid, self.log_prob, 0.0)
 
     @property
+    def valid_kl(self) -> Tensor:
+        """(M, N), kl with 0 at invalid slots, which get exactly no gradient.
+
+        Raises:
+            ValueError: There is no kl.
+        """
+        if self.kl is None:
+            raise ValueError(
+                "BlockScores.kl is missing, which a loss on the target's distribution reads; give "
+                "score_blocks the target's soft labels."
+            )
+        return torch.where(self.valid, self.kl, 0.0)
+
+    @property
     def counts_N(self) -> Tensor:
         """(N,) int64, valid slots at each position; the first is the number of valid blocks."""
         return self.valid.sum(dim=0)

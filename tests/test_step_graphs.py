@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import drafter.graphs as graphs_module
 from drafter.graphs import StepGraphs
 from drafter.module import DrafterModule
+from losses import CombinedLoss, ForwardKL, WeightedTerm
 from tests.runs import cli, weights
 
 
@@ -107,8 +108,11 @@ def close(a, b):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_replays_equal_steps_kernel_by_kernel(run):
+@pytest.mark.parametrize("distil", [False, True])
+def test_replays_equal_steps_kernel_by_kernel(run, distil):
     module = run.model
+    if distil:
+        module.loss = CombinedLoss(extra={"kl": WeightedTerm(ForwardKL(), 100.0)})
     graphs = recorded(module)
     shapes, replayed = set(), 0
     for batch in batches(run):
@@ -119,6 +123,9 @@ def test_replays_equal_steps_kernel_by_kernel(run):
         assert torch.equal(scores.valid, expected.valid)
         assert torch.equal(scores.correct & scores.valid, expected.correct & expected.valid)
         close([scores.log_prob], [expected.log_prob])
+        assert (scores.kl is not None) == distil
+        if distil:
+            close([scores.kl], [expected.kl])
         close(gradients(module, scores), gradients(module, expected))
         with torch.no_grad():  # the optimizer writes where the recorded kernels read
             for parameter in module.parameters():

@@ -1,0 +1,85 @@
+"""What a divergence from the target's distribution needs of it: one mean row of the head a token.
+
+Legend: P positions, T slots, D hidden size, V vocabulary, C positions in a chunk.
+
+With a frozen head W the drafter's logits are linear in its state h, so their mean under the
+target's distribution p is scale * (h @ E_p[W] + E_p[b]), and
+
+    KL(p || q) = log Z_q - E_p[z_q] - H(p).
+
+p itself is needed once a position, however many blocks cover it: a slot takes D numbers and the
+entropy, not V.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drafter.errors import UserError
+from drafter.head import FrozenHead, weighted_rows
+
+
+class SoftLabels(NamedTuple):
+    """The target's distribution p of the next token, as far as KL(p || q) needs it."""
+
+    rows: Tensor
+    """(P, D) fp32 (fp64 for an fp64 head), E_p[W_v]."""
+    bias: Tensor | None
+    """(P,), E_p[b_v]; None for a head without bias."""
+    entropy: Tensor
+    """(P,), H(p) in nats."""
+
+    def at(self, index_T: Tensor) -> SoftLabels:
+        """Returns those at positions (T,)."""
+        bias = None if self.bias is None else self.bias.index_select(0, index_T)
+        rows, entropy = (each.index_select(0, index_T) for each in (self.rows, self.entropy))
+        return SoftLabels(rows, bias, entropy)
+
+    def part(self, part: slice) -> SoftLabels:
+        """Returns those of a run of positions."""
+        bias = None if self.bias is None else self.bias[part]
+        return SoftLabels(self.rows[part], bias, self.entropy[part])
+
+
+@torch.no_grad()
+def soft_labels(
+    head: FrozenHead, last_hidden_PD: Tensor, chunk_rows: int | None = None
+) -> SoftLabels:
+    """Returns the soft labels that the target gives; no gradient.
+
+    Args:
+        head: The target's frozen head.
+        last_hidden_PD: (P, D) what it reads at the position before each label.
+        chunk_rows: Positions per chunk; default by the head.
+
+    Raises:
+        UserError: The head caps its logits (Gemma): they are not linear in the drafter's state.
+    """
+    if head.softcap is not None:
+        raise UserError(
+            "A loss on the target's distribution (losses.ForwardKL) does not go with a target "
+            "that caps its logits (final_logit_softcapping); leave that term out."
+        )
+    size = chunk_rows or head.chunk_rows()
+    chunks = [_of_chunk(head, chunk_CD) for chunk_CD in last_hidden_PD.split(size)]
+    rows, biases, entropies = zip(*chunks, strict=True)
+    bias = None if head.bias is None else torch.cat(biases)
+    return SoftLabels(torch.cat(rows), bias, torch.cat(entropies))
+
+
+def _of_chunk(head: FrozenHead, hidden_CD: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns rows (C, D), bias (C,) or None and entropy (C,)."""
+    logits_CV = head.logits(hidden_CD)
+    top_C1 = logits_CV.amax(dim=-1, keepdim=True)
+    shifted_CV = logits_CV.sub_(top_C1)
+    exp_CV = shifted_CV.exp()
+    total_C1 = exp_CV.sum(dim=-1, keepdim=True)
+    # H(p) = log Z - E_p[z]; an exponential of 0 meets a finite logit, so no 0 * inf
+    entropy_C = (total_C1.log() - (exp_CV * shifted_CV).sum(-1, keepdim=True) / total_C1).squeeze(1)
+    bias_C = None
+    if head.bias is not None:
+        bias_C = (exp_CV * head.bias).sum(-1) / total_C1.squeeze(-1)
+    return weighted_rows(head, exp_CV.to(head.weight.dtype)) / total_C1, bias_C, entropy_C
