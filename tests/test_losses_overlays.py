@@ -70,7 +70,6 @@ RIVALS = {
     "dpace-prefix": losses.DPace(part="prefix"),
     "dpace-continuation": losses.DPace(part="continuation"),
     "accept-until-fail": losses.AcceptUntilFail(),
-    "forward-kl": ForwardKL(math.inf),
     "forward-kl": losses.ForwardKL(math.inf),
     "streak": losses.Chain("none"),
 }
