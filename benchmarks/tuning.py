@@ -6,7 +6,8 @@ python -m benchmarks.tuning show tuning.jsonl --plot accepted_length.png
 
 Recipes are the rows of grids (`drafter.evaluation.recipes`). All run in one process, with one
 target and one set of features. A finished recipe is a line of the output at once, and is not run
-again; with a budget, none is begun that would probably not end in time.
+again; with a budget, none is begun that would probably not end in time. With several GPUs, start
+one process on each (CUDA_VISIBLE_DEVICES) with its own --share and --output; `show` reads all.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def run(options: argparse.Namespace) -> list[str]:
     output, work = Path(options.output), Path(options.work)
     record = where_and_when(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     grids = [read_grid(path) for path in options.grids]
-    recipes = [(grid.name, row) for grid in grids for row in grid.rows]
+    number, shares = read_share(options.share)
+    recipes = [(grid.name, row) for grid in grids for row in grid.rows][number - 1 :: shares]
     begun = time.perf_counter()
     paces: list[float] = []
     failed: list[str] = []
@@ -74,6 +76,18 @@ def run(options: argparse.Namespace) -> list[str]:
             write_lines(output, lines)
             print(json.dumps(line), flush=True)
     return failed
+
+
+def read_share(text: str) -> tuple[int, int]:
+    """Returns (which, of how many) from text such as 2/4.
+
+    Raises:
+        UserError: It is not two whole numbers, the first from 1 to the second.
+    """
+    which, _, shares = text.partition("/")
+    if not (which.isdigit() and shares.isdigit() and 1 <= int(which) <= int(shares)):
+        raise UserError(f"--share is {text!r}; give which of how many, such as 2/4.")
+    return int(which), int(shares)
 
 
 def size(row: Row, overrides: Sequence[str]) -> float:
@@ -169,6 +183,7 @@ def main(args: list[str] | None = None) -> None:
     running.add_argument("--work", default="runs/tuning", help="run folders")
     running.add_argument("--seed", type=int, default=0)
     running.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    running.add_argument("--share", default="1/1", help="2/4: the second of four processes' rows")
     showing = verbs.add_parser("show", help="a table and a plot")
     showing.add_argument("results", nargs="+", help="outputs of `run`")
     showing.add_argument("--grid", action="append", default=[], help="only this grid's recipes")

@@ -118,3 +118,17 @@ def test_a_changed_recipe_is_run(tmp_path, trained):
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     run(tmp_path)
     assert trained == ["short", "long", "other", "short"]
+
+
+def test_processes_share_a_grid_between_them(tmp_path, trained):
+    for which in ("1/2", "2/2"):
+        run(tmp_path, "--share", which)
+        trained.append("|")
+    assert trained == ["short", "other", "|", "long", "|"]
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/2", "1/0"])
+def test_a_share_that_is_none_is_one_sentence(tmp_path, trained, capsys, share):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--share", share)
+    assert "such as 2/4" in capsys.readouterr().err
