@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.curves import scalars
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "configs" / "smollm2.yaml"
+CONFIG = ROOT / "configs" / "tuning" / "start.yaml"
 TOY = [
     "--trainer.precision=32-true",
     "--trainer.log_every_n_steps=1",

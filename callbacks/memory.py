@@ -119,6 +119,7 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
             device="cuda" if device.type == "cuda" else "cpu",
             logit_buffers=logit_buffers(head),
             gradient_copies=copies,
+            soft_labels=module.loss.needs_target,
         ),
     )
     if is_sharded(drafter):

@@ -68,7 +68,8 @@ class SpeculativeVerification(Callback):
         seed: Of sampled trajectories.
         trust_responses: Use the responses stored with the prompts as trajectories; the share of
             their tokens that equals the target's argmax is logged.
-        every_n_epochs: Validation epochs between verifications; 0 switches it off.
+        every_n_epochs: Validation epochs between verifications; the last epoch is verified too. 0
+            switches it off.
         before_training: Measure the drafter before the first step too.
         batch_size: Prompts generated together.
         anchors_per_chunk: Blocks denoised at once in replay; bounds memory.
@@ -171,7 +172,8 @@ class SpeculativeVerification(Callback):
         if not self.every_n_epochs or trainer.sanity_checking:
             return False
         fitting = trainer.state.fn == "fit"
-        return not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        done = trainer.current_epoch + 1
+        return not fitting or done % self.every_n_epochs == 0 or done == trainer.max_epochs
 
     # ------------------------------------------------------------------ prompts and trajectories
 

@@ -15,8 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from data.sharing import DocumentFeatures, KeptFeatures
 from drafter.arriving import Arriving
 from drafter.blocks import PADDING_DOCUMENT, DraftBatch
+from drafter.head import FrozenHead
 from drafter.layer_ids import assert_finite_features
 from drafter.packing import place
+from drafter.soft_labels import soft_labels
 from drafter.target import Features, Target
 
 if TYPE_CHECKING:
@@ -119,6 +121,9 @@ class Request:
 class Keeper(Protocol):
     """Decides where features come from."""
 
+    softens: bool
+    """Whether what it gives in last_hidden's place are packed `SoftLabels`."""
+
     def features(self, request: Request) -> list[DocumentFeatures] | None:
         """Returns each document's features, or None to run the target on the batch as it is."""
         ...
@@ -126,6 +131,8 @@ class Keeper(Protocol):
 
 class NothingKept:
     """Runs the target on every batch."""
+
+    softens = False
 
     def features(self, request: Request) -> list[DocumentFeatures] | None:
         """See `Keeper`."""
@@ -135,14 +142,20 @@ class NothingKept:
 class RememberedFeatures:
     """Computes a document's features when it is first seen.
 
+    Of last_hidden it keeps what a loss makes of it, which costs a pass of the head.
+
     Args:
         kept: What is remembered.
         on_device: On the accelerator, not in host memory.
+        head: The target's.
     """
 
-    def __init__(self, kept: KeptFeatures, on_device: bool) -> None:
+    softens = True
+
+    def __init__(self, kept: KeptFeatures, on_device: bool, head: FrozenHead) -> None:
         self._kept = kept
         self._on_device = on_device
+        self._head = head
 
     def features(self, request: Request) -> list[DocumentFeatures]:
         """See `Keeper`."""
@@ -155,7 +168,7 @@ class RememberedFeatures:
             request.check.settle()  # before they are kept
             for i, (states, last) in zip(missing, found, strict=True):
                 # copies: a view would keep the whole padded batch alive
-                own = None if last is None else last.to(to, copy=True)
+                own = None if last is None else soft_labels(self._head, last).packed().to(to)
                 self._kept[keys[i]] = (states.to(to, copy=True), own)
         return [self._kept[key] for key in keys]
 
@@ -167,6 +180,8 @@ class RoundedFeatures:
         dtype: Of the cache.
         filling: Takes training rows' features; None once the cache is complete.
     """
+
+    softens = False
 
     def __init__(self, dtype: torch.dtype, filling: CacheFilling | None) -> None:
         self._dtype = dtype
@@ -201,6 +216,8 @@ def fill_batch(
 ) -> DraftBatch:
     """Fills a batch's `hidden_states` (B, S, L*D) and, if asked, `last_hidden` (B, S, D).
 
+    Where features are kept in memory it fills `soft_labels` instead of `last_hidden`.
+
     Args:
         batch: On the target's device.
         target: Gives them.
@@ -225,5 +242,6 @@ def fill_batch(
     batch.hidden_states = place(states, *shape)
     if last_hidden:
         lasts = [own.to(device, non_blocking=True) for _, own in parts if own is not None]
-        batch.last_hidden = place(lasts, *shape)
+        name = "soft_labels" if keeper.softens else "last_hidden"
+        setattr(batch, name, place(lasts, *shape))
     return batch

@@ -438,7 +438,8 @@ class OnlineHiddenStates(LightningDataModule):
         if self._fills:
             keeper: Keeper = RoundedFeatures(getattr(torch, self.cache_dtype), self._filling)
         elif self.keep_in_memory:
-            keeper = RememberedFeatures(self._kept, on_device=self.keep_in_memory == "device")
+            on_device = self.keep_in_memory == "device"
+            keeper = RememberedFeatures(self._kept, on_device, self.target.head)
         else:
             keeper = NothingKept()
         return fill_batch(batch, self.target, layer_ids, last_hidden, row_set, keeper, self._check)

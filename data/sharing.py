@@ -16,10 +16,10 @@ from torch import Tensor
 from drafter.target import Target
 
 DocumentFeatures = tuple[Tensor, Tensor | None]
-"""hidden_states (S, L*D) and last_hidden (S, D), or None."""
+"""hidden_states (S, L*D) and last_hidden (S, D), or packed soft labels in its place, or None."""
 
 KeptFeatures = dict[Hashable, DocumentFeatures]
-"""(row set, layer ids, with last_hidden, sample id) -> hidden_states (S, L*D), last_hidden."""
+"""(row set, layer ids, with last_hidden, sample id) -> hidden_states (S, L*D), soft labels."""
 
 
 @dataclass

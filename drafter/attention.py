@@ -104,7 +104,7 @@ def choose_attention(
     queries = anchors_BA.shape[1] * block_size
     large = queries * (context_length + queries) >= FLEX_MIN_SCORES
     fits = anchors_BA.is_cuda and head_dim >= FLEX_MIN_HEAD_DIM
-    return "flex" if fits and large and _flex_works() else "sdpa"
+    return "flex" if fits and large and _flex_works("cuda") else "sdpa"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | None) -> Tensor:
@@ -196,15 +196,20 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 @functools.cache
-def _flex_works() -> bool:
+def _flex_works(device: str) -> bool:
     """Tries one small compiled forward and backward; some cards lack the shared memory it needs."""
     try:
-        document_ids = torch.zeros(1, 256, dtype=torch.long, device="cuda")
-        anchors = torch.arange(8, 40, 4, device="cuda").unsqueeze(0)
-        mask = _flex_mask(anchors, document_ids, 16)
-        query = torch.randn(1, 4, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        key = torch.randn(1, 2, 384, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        _compiled_flex()(query, key, key, block_mask=mask).sum().backward()
+        document_ids = torch.zeros(1, 256, dtype=torch.long, device=device)
+        anchors = torch.arange(8, 40, 4, device=device).unsqueeze(0)
+        visibility = Visibility(flex=_flex_mask(anchors, document_ids, 16))
+        trained = device == "cuda"  # a CPU's flex has no backward
+        query, key = (
+            torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=trained)
+            for shape in ((1, 4, 128, 64), (1, 2, 384, 64))
+        )
+        out = attend(query, key, key, visibility)
+        if trained:
+            out.sum().backward()
         return True
     except Exception as error:
         message = f"flex_attention does not work here, using SDPA instead: {error}"

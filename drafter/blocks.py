@@ -47,6 +47,7 @@ class DraftBatch:
         window_counts: (N,) int64, the same summed over the accumulation window (this rank only).
         hidden_states: (B, S, L*D) tapped layers side by side, or None before they are added.
         last_hidden: (B, S, D) what the head reads (after the final norm), if a loss asks for it.
+        soft_labels: (B, S, D + 1 or D + 2) packed `SoftLabels` in its place, where they are kept.
     """
 
     input_ids: Tensor
@@ -59,6 +60,7 @@ class DraftBatch:
     window_counts: Tensor | None = None
     hidden_states: Tensor | None = None
     last_hidden: Tensor | None = None
+    soft_labels: Tensor | None = None
     num_slots: int | None = None
     """Valid slots of this batch, known on the host so that the step needs no device sync."""
     spans: tuple[Span, ...] | None = None

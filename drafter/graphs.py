@@ -38,8 +38,9 @@ READ = (
     "anchors",
     "hidden_states",
     "last_hidden",
+    "soft_labels",
 )
-"""Fields of a batch that scoring reads; the last may be missing."""
+"""Fields of a batch that scoring reads; the last two may be missing."""
 
 
 class Recorder(Protocol):
@@ -169,7 +170,8 @@ class StepGraphs:
 def _shape(batch: DraftBatch) -> Hashable:
     states = batch.hidden_states
     assert states is not None
-    return (states.shape, states.dtype, batch.anchors.shape, batch.last_hidden is None)
+    missing = (batch.last_hidden is None, batch.soft_labels is None)
+    return (states.shape, states.dtype, batch.anchors.shape, missing)
 
 
 def trained_scores(scores: BlockScores) -> dict[str, Tensor]:

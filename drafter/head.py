@@ -179,13 +179,13 @@ def _score(
         log_prob_T[part], correct_T[part] = chunk.log_prob, chunk.correct
         if kl_T is not None and soft is not None:
             ours = soft.part(part)
-            kl_T[part] = chunk.log_total - _mean_logit(head, hidden_TD[part], ours) - ours.entropy
+            kl_T[part] = chunk.log_total - mean_logit(head, hidden_TD[part], ours) - ours.entropy
         for place, slope_CD in enumerate(chunk.slopes(head, soft and soft.part(part))):
             slopes[place][part] = slope_CD
     return log_prob_T, correct_T, kl_T, slopes
 
 
-def _mean_logit(head: FrozenHead, hidden_CD: Tensor, soft: SoftLabels) -> Tensor:
+def mean_logit(head: FrozenHead, hidden_CD: Tensor, soft: SoftLabels) -> Tensor:
     """Returns E_p[z_q] (C,) in the dtype of soft's rows."""
     seen_CD = hidden_CD.to(head.weight.dtype).to(soft.rows.dtype)  # rounded as the head sees it
     mean_C = (seen_CD * soft.rows).sum(-1)

@@ -47,6 +47,7 @@ class StepSizes:
             normalised input too; under autocast CUDA's returns fp32, the CPU's its input's dtype.
         logit_buffers: Chunks of fp32 logits that live together, see `logit_buffers`.
         gradient_copies: 1; 2 under DDP without `gradient_as_bucket_view`.
+        soft_labels: Whether a loss reads the target's distribution.
     """
 
     rows: int
@@ -60,6 +61,7 @@ class StepSizes:
     device: Literal["cuda", "cpu"] = "cuda"
     logit_buffers: float = 1.5
     gradient_copies: int = 1
+    soft_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,13 @@ def logit_buffers(head: FrozenHead) -> float:
 
 
 def saved_scoring(config: DrafterConfig, sizes: StepSizes) -> int:
-    """Returns the bytes that `score_blocks` keeps: a slope, an index and log q per slot."""
+    """Returns the bytes that `score_blocks` keeps: a slope, an index and log q per slot.
+
+    With soft labels a second slope, KL(p || q) and the slot's position come to that.
+    """
     scored = sizes.rows * sizes.anchors * config.num_drafted
-    return int(scored * (FP32 * config.hidden_size + 8 + FP32))
+    a_slot = FP32 * config.hidden_size + 8 + FP32
+    return int(scored * a_slot * (1 + sizes.soft_labels))
 
 
 def _scoring_peak(config: DrafterConfig, sizes: StepSizes) -> int:
@@ -192,6 +198,8 @@ def _scoring_peak(config: DrafterConfig, sizes: StepSizes) -> int:
     hidden, _, kv, _ = _widths(config)
     scored = sizes.rows * sizes.anchors * config.num_drafted
     states = FP32 * hidden * (sizes.rows * sizes.anchors * config.block_size + 2 * scored)
+    if sizes.soft_labels:  # a mean row and an entropy for each position, and again for each slot
+        states += FP32 * (hidden + 1) * (sizes.rows * sizes.tokens + scored)
     logits = min(scored, sizes.chunk_rows) * sizes.vocab_size
     chunk = FP32 * sizes.logit_buffers * logits
     # the context's keys and values, as encoded, live until the last layer is done

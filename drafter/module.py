@@ -396,8 +396,11 @@ class DrafterModule(LightningModule):
         """Returns the target's distributions at all B * S positions, if a loss asks for them."""
         if not self.loss.needs_target:
             return None
+        head = self.target.head
+        if batch.soft_labels is not None:
+            return SoftLabels.unpacked(batch.soft_labels.flatten(0, 1), head)
         assert batch.last_hidden is not None
-        return soft_labels(self.target.head, batch.last_hidden.flatten(0, 1))
+        return soft_labels(head, batch.last_hidden.flatten(0, 1))
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""

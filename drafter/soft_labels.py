@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from drafter.errors import UserError
-from drafter.head import FrozenHead, weighted_rows
+from drafter.head import FrozenHead, mean_logit, weighted_rows
 
 
 class SoftLabels(NamedTuple):
@@ -31,6 +31,18 @@ class SoftLabels(NamedTuple):
     """(P,), E_p[b_v]; None for a head without bias."""
     entropy: Tensor
     """(P,), H(p) in nats."""
+
+    def packed(self) -> Tensor:
+        """Returns (P, D + 1 or D + 2), all of it side by side."""
+        parts = [self.rows, self.entropy.unsqueeze(-1)]
+        return torch.cat(parts if self.bias is None else [*parts, self.bias.unsqueeze(-1)], dim=-1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, head: FrozenHead) -> SoftLabels:
+        """Returns what `packed` (P, D + 1 or D + 2) was made of, for the same head."""
+        width = head.weight.shape[1]
+        bias = None if head.bias is None else packed[:, width + 1]
+        return cls(packed[:, :width], bias, packed[:, width])
 
     def at(self, index_T: Tensor) -> SoftLabels:
         """Returns those at positions (T,)."""
@@ -60,11 +72,12 @@ def soft_labels(
     """
     if head.softcap is not None:
         raise UserError(
-            "A loss on the target's distribution (losses.ForwardKL) does not go with a target "
-            "that caps its logits (final_logit_softcapping); leave that term out."
+            "KL to the target's distribution does not go with a target "
+            "that caps its logits (final_logit_softcapping); set --model.loss.alpha_kl 0."
         )
     size = chunk_rows or head.chunk_rows()
-    chunks = [_of_chunk(head, chunk_CD) for chunk_CD in last_hidden_PD.split(size)]
+    with torch.autocast(last_hidden_PD.device.type, enabled=False):
+        chunks = [_of_chunk(head, chunk_CD) for chunk_CD in last_hidden_PD.split(size)]
     rows, biases, entropies = zip(*chunks, strict=True)
     bias = None if head.bias is None else torch.cat(biases)
     return SoftLabels(torch.cat(rows), bias, torch.cat(entropies))
@@ -74,12 +87,14 @@ def _of_chunk(head: FrozenHead, hidden_CD: Tensor) -> tuple[Tensor, Tensor | Non
     """Returns rows (C, D), bias (C,) or None and entropy (C,)."""
     logits_CV = head.logits(hidden_CD)
     top_C1 = logits_CV.amax(dim=-1, keepdim=True)
-    shifted_CV = logits_CV.sub_(top_C1)
-    exp_CV = shifted_CV.exp()
+    exp_CV = logits_CV.sub_(top_C1).exp_()  # one (C, V) buffer serves both
     total_C1 = exp_CV.sum(dim=-1, keepdim=True)
-    # H(p) = log Z - E_p[z]; an exponential of 0 meets a finite logit, so no 0 * inf
-    entropy_C = (total_C1.log() - (exp_CV * shifted_CV).sum(-1, keepdim=True) / total_C1).squeeze(1)
     bias_C = None
     if head.bias is not None:
-        bias_C = (exp_CV * head.bias).sum(-1) / total_C1.squeeze(-1)
-    return weighted_rows(head, exp_CV.to(head.weight.dtype)) / total_C1, bias_C, entropy_C
+        bias_C = (exp_CV @ head.bias.to(exp_CV.dtype).unsqueeze(-1) / total_C1).squeeze(-1)
+    rows_CD = weighted_rows(head, exp_CV.to(head.weight.dtype)) / total_C1
+    log_total_C = (top_C1 + total_C1.log()).squeeze(-1)
+    # H(p) = log Z - E_p[z], its mean by the same rows as KL's: equal distributions give 0
+    unknown = SoftLabels(rows_CD, bias_C, torch.zeros_like(log_total_C))
+    entropy_C = log_total_C - mean_logit(head, hidden_CD, unknown)
+    return rows_CD, bias_C, entropy_C

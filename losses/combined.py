@@ -15,6 +15,7 @@ from torch import Tensor
 
 from losses.chain import Chain, Normalize
 from losses.first_error import FirstErrorFocal
+from losses.forward_kl import ForwardKL
 from losses.positional import PositionalCrossEntropy
 from losses.ratio import Ratio, Term
 from losses.schedule import Schedule
@@ -24,6 +25,7 @@ CROSS_ENTROPY = "cross_entropy"
 CROSS_ENTROPY_UNIFORM = "cross_entropy_uniform"
 FOCAL = "focal"
 CHAIN = "chain"
+FORWARD_KL = "forward_kl"
 
 
 @dataclass
@@ -62,9 +64,10 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class CombinedLoss:
-    """L = alpha_ce L_ce + alpha_focal L_focal - alpha_chain R, by the paper's defaults.
+    """L = alpha_ce L_ce + alpha_focal L_focal - alpha_chain R + alpha_kl L_kl, by paper defaults.
 
-    Source: method.md, "The three interventions" and "Reductions".
+    Source: method.md, "The three interventions" and "Reductions"; L_kl, which is not the paper's,
+    see `ForwardKL`.
 
     Args:
         gamma: Positions over which cross-entropy's positional weight exp(-(k-1)/gamma) falls by a
@@ -79,6 +82,8 @@ class CombinedLoss:
         chain_schedule: Factor on alpha_chain over the run.
         extra: More terms by name, each with its weight and schedule.
         alpha_cross_entropy: Weight of cross-entropy, the paper's 1; 0 leaves the rest alone.
+        alpha_kl: Weight of the divergence from the target's whole distribution, with gamma's
+            positional weights; 0 (the paper's) leaves it out, and the target's distribution too.
 
     Raises:
         ValueError: A setting out of range, an extra term under a name that is taken, or nothing
@@ -104,6 +109,7 @@ class CombinedLoss:
     chain_schedule: Schedule = field(default_factory=Schedule)
     extra: dict[str, WeightedTerm] | None = None
     alpha_cross_entropy: float = 1.0
+    alpha_kl: float = 0.0
 
     def __post_init__(self) -> None:
         # a checkpoint's hyper-parameters are plain values, so schedules may come as dicts
@@ -111,14 +117,14 @@ class CombinedLoss:
             schedule = getattr(self, name)
             if isinstance(schedule, dict):
                 object.__setattr__(self, name, Schedule(**schedule))
-        for name in ("alpha_cross_entropy", "alpha_focal", "alpha_chain"):
+        for name in ("alpha_cross_entropy", "alpha_focal", "alpha_chain", "alpha_kl"):
             alpha = getattr(self, name)
             if not (alpha >= 0 and math.isfinite(alpha)):
                 raise ValueError(
                     f"{name} is {alpha}; give a finite weight of 0 or more (0 switches it off)."
                 )
         for name, extra in (self.extra or {}).items():
-            if name in (CROSS_ENTROPY, CROSS_ENTROPY_UNIFORM, FOCAL, CHAIN):
+            if name in (CROSS_ENTROPY, CROSS_ENTROPY_UNIFORM, FOCAL, CHAIN, FORWARD_KL):
                 raise ValueError(
                     f"An extra loss term is called {name!r}; give it a name of its own."
                 )
@@ -128,7 +134,8 @@ class CombinedLoss:
                     "and a finite weight."
                 )
         extras = [term.weight for term in (self.extra or {}).values()]
-        if not any((self.alpha_cross_entropy, self.alpha_focal, self.alpha_chain, *extras)):
+        own = (self.alpha_cross_entropy, self.alpha_focal, self.alpha_chain, self.alpha_kl)
+        if not any((*own, *extras)):
             raise ValueError("Every weight of the loss is 0; give at least one term a weight.")
         _ = self.terms  # every term checks its own settings
 
@@ -142,6 +149,8 @@ class CombinedLoss:
             ),
             CHAIN: Chain(self.chain_normalize),
         }
+        if self.alpha_kl:
+            terms[FORWARD_KL] = ForwardKL(self.gamma)
         terms.update((name, extra.term) for name, extra in (self.extra or {}).items())
         return terms
 
@@ -161,6 +170,8 @@ class CombinedLoss:
             FOCAL: self.alpha_focal * self.focal_schedule.multiplier(progress),
             CHAIN: 0.0 - self.alpha_chain * self.chain_schedule.multiplier(progress),
         }
+        if self.alpha_kl:
+            weights[FORWARD_KL] = self.alpha_kl
         for name, extra in (self.extra or {}).items():
             weights[name] = extra.weight * extra.schedule.multiplier(progress)
         return weights

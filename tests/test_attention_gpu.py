@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafter.attention import attend, build_visibility
+from drafter.attention import attend, build_visibility, choose_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +40,12 @@ def test_flex_equals_sdpa_forward_and_backward(context, anchors):
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_auto_takes_flex_for_large_work_and_sdpa_for_small():
+    for anchors, expected in ((512, "flex"), (4, "sdpa")):
+        drawn = torch.arange(anchors, device="cuda").unsqueeze(0)
+        assert choose_attention("auto", drawn, 2048, 16, head_dim=64) == expected
 
 
 def test_a_new_context_length_does_not_compile_again():

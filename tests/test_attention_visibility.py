@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drafter import attention as attention_module
-from drafter.attention import attend, build_visibility
+from drafter.attention import _flex_works, attend, build_visibility
 from drafter.config import DrafterConfig
 from drafter.model import Drafter
 
@@ -166,3 +166,8 @@ def test_a_compiled_drafter_is_one_graph(monkeypatch, attention):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # a CPU's flex has no gradient
         found = torch._dynamo.explain(drafter)(*given)
     assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
+def test_the_trial_of_flex_attention_passes_where_it_works(recwarn):
+    assert _flex_works("cpu")
+    assert not [w for w in recwarn if "flex_attention does not work" in str(w.message)]

@@ -61,7 +61,8 @@ def test_an_overlay_sets_the_intended_values_and_nothing_else(name):
     overlay = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     assert overlay.keys() == {"model"}
     assert overlay["model"].keys() == {"loss"}
-    assert overlay["model"]["loss"].keys() == {"gamma", "alpha_focal", "alpha_chain"}
+    assert overlay["model"]["loss"].keys() == {"gamma", "alpha_focal", "alpha_chain", "alpha_kl"}
+    assert overlay["model"]["loss"]["alpha_kl"] == 0.0
     assert settings(CombinedLoss(**overlay["model"]["loss"])) == INTENDED[name]
 
 
@@ -70,14 +71,25 @@ RIVALS = {
     "dpace-prefix": losses.DPace(part="prefix"),
     "dpace-continuation": losses.DPace(part="continuation"),
     "accept-until-fail": losses.AcceptUntilFail(),
-    "forward-kl": losses.ForwardKL(math.inf),
     "streak": losses.Chain("none"),
 }
 
 
 def test_every_rival_has_an_overlay():
     folder = FOLDER.parent / "rivals"
-    assert {path.stem for path in folder.glob("*.yaml")} == RIVALS.keys()
+    assert {path.stem for path in folder.glob("*.yaml")} == RIVALS.keys() | {"forward-kl"}
+
+
+def test_distillation_is_alone():
+    loss = parse(
+        f"--config={FOLDER / 'full'}.yaml", f"--config={FOLDER.parent / 'rivals/forward-kl.yaml'}"
+    )
+    assert (loss.alpha_cross_entropy, *settings(loss)) == (0.0, math.inf, 0.0, 0.0)
+    assert loss.alpha_kl == 1.0
+    assert loss.terms["forward_kl"] == losses.ForwardKL(math.inf)
+    assert loss.needs_target
+    over = parse("--model.loss.alpha_kl=1", f"--config={FOLDER / 'full'}.yaml")
+    assert over == parse(f"--config={FOLDER / 'full'}.yaml")  # an overlay leaves no KL behind
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -34,6 +34,7 @@ from drafter.memory import (
 )
 from drafter.model import Drafter
 from drafter.optimisation import OptimiserSettings, make_optimizer
+from drafter.soft_labels import soft_labels
 from tests.runs import cli
 from tests.tiny import tiny_config
 
@@ -50,7 +51,9 @@ SHAPES = {  # B, S, A, K, layers, heads, kv heads, D, L, V
 class Step:
     """A drafter with a batch in which every slot is valid, and one forward as in training."""
 
-    def __init__(self, shape, *, mixed=False, attention="sdpa", device="cpu", target=None):
+    def __init__(
+        self, shape, *, mixed=False, attention="sdpa", device="cpu", target=None, soft=False
+    ):
         rows, tokens, anchors, block, layers, heads, kv_heads, width, taps, vocab = shape
         torch.manual_seed(0)
         self.config = DrafterConfig.for_target(
@@ -93,7 +96,9 @@ class Step:
             attention=attention,
             device=device,
             logit_buffers=logit_buffers(self.head),
+            soft_labels=soft,
         )
+        self.last_hidden = torch.randn(rows, tokens, width, dtype=dtype)
 
     def forward(self):
         """Returns (loss, the mask), the mask as the module holds it until the step's end."""
@@ -105,8 +110,12 @@ class Step:
             hidden = self.drafter(
                 batch.hidden_states, batch.positions, embeds, blocks.positions, mask
             )
-            scores = score_blocks(self.head, hidden, blocks)
-        return scores.log_prob.sum(), mask
+            soft = None
+            if self.sizes.soft_labels:
+                soft = soft_labels(self.head, self.last_hidden.flatten(0, 1))
+            scores = score_blocks(self.head, hidden, blocks, soft=soft)
+        loss = scores.log_prob.sum()
+        return loss if scores.kl is None else loss + scores.kl.sum(), mask
 
     def kept(self):
         """Returns bytes of distinct storages that a forward keeps: (weight copies, the rest)."""
@@ -223,6 +232,12 @@ def test_what_a_forward_keeps_with_cuda_kernels(cuda_kernels, shape, mixed, atte
     assert ratio_kept(step) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_a_forward_keeps_with_soft_labels(shape, mixed):
+    assert ratio_kept(Step(shape, mixed=mixed, soft=True)) == pytest.approx(1, abs=0.01)
+
+
 def test_features_in_bf16_are_copied_for_an_fp32_drafter():
     step = Step(SHAPES["small"], target=torch.bfloat16)
     assert ratio_kept(step) == pytest.approx(1, abs=0.01)
@@ -260,9 +275,10 @@ def test_weights_gradients_and_optimizer_are_exact(bias):
 
 @pytest.mark.parametrize("chunk", [1 << 23, 3000], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_total_is_the_peak_of_a_step(monkeypatch, shape, chunk):
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_total_is_the_peak_of_a_step(monkeypatch, shape, chunk, soft):
     monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", chunk)
-    step = Step(shape)
+    step = Step(shape, soft=soft)
     optimizer = torch.optim.AdamW(step.drafter.parameters())
     with Live() as live:
         for _ in range(2):  # the second has the first one's gradients and moments

@@ -10,7 +10,7 @@ import torch
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.errors import UserError
 from drafter.head import FrozenHead, score_blocks, score_slots
-from drafter.soft_labels import soft_labels
+from drafter.soft_labels import SoftLabels, soft_labels
 from losses import CombinedLoss, ForwardKL, WeightedTerm
 from tests.losses_twins import valid_positions, weight
 from tests.runs import cli, scalars, weights
@@ -49,6 +49,10 @@ def test_mean_rows_give_the_dense_divergence_and_its_gradient(variant, chunk_row
     torch.testing.assert_close(scores.kl, expected)
     torch.testing.assert_close(grad, expected_grad)
     assert torch.equal(scores.log_prob, alone.log_prob)
+    again = score_slots(
+        head, hidden, labels, chunk_rows, soft=SoftLabels.unpacked(soft.packed(), head)
+    )
+    assert torch.equal(again.kl, scores.kl)
     with torch.no_grad():
         assert torch.equal(score_slots(head, hidden, labels, chunk_rows, soft=soft).kl, scores.kl)
 
@@ -162,13 +166,14 @@ def test_scores_without_a_divergence_are_one_clear_error():
     )
     loss = CombinedLoss(extra={"kl": WeightedTerm(ForwardKL())})
     assert loss.needs_target
+    assert CombinedLoss(alpha_kl=0.5).weights(0.0)["forward_kl"] == 0.5
     assert not CombinedLoss().needs_target
     with pytest.raises(ValueError, match="soft labels"):
         loss(scores, 0.0)
 
 
 def test_a_run_distils_online_from_memory_and_from_a_cache_alike(tmp_path):
-    overlay = ("--config", "configs/rivals/forward-kl.yaml")
+    overlay = ("--config", "configs/rivals/forward-kl.yaml", "--model.loss.alpha_chain", "40")
     cached = {"data__cache": str(tmp_path / "states"), "data__cache_dtype": "float32"}
     curves, ends = [], []
     for name, changes in {

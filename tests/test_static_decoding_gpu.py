@@ -26,7 +26,9 @@ NEW = 48
 @torch.no_grad()
 def test_recorded_rounds_are_the_loops(family, sampling):
     target = in_memory(family)
-    drafter = overfitted_drafter(target, [EvalPrompt("s", i, ids) for i, ids in enumerate(PROMPTS)])
+    prompts = [EvalPrompt("s", i, ids) for i, ids in enumerate(PROMPTS)]
+    with torch.enable_grad():
+        drafter = overfitted_drafter(target, prompts)
     target = Target(Loaded(target.model.cuda(), target.tokenizer), "in memory", None)
     drafter = drafter.cuda()
     for one in (drafter, None):
