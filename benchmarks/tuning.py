@@ -35,6 +35,7 @@ from drafter.evaluation.recipes import Row, read_grid
 from evaluate import train_row, where_and_when
 
 LENGTH = "val/accepted_length"
+CROSS_ENTROPY = "val/cross_entropy"  # after every epoch
 
 
 def run(options: argparse.Namespace) -> list[str]:
@@ -117,6 +118,7 @@ def train(row: Row, options: argparse.Namespace, run_dir: Path) -> dict[str, Any
         "epochs": [int(epoch_at.get(step, 0)) + 1 if step else 0 for step, _ in lengths],
         "lengths": [length for _, length in lengths],
         "loss": [loss for _, loss in curves.get("train/cross_entropy", [])[-1:]],
+        "val_cross_entropy": [loss for _, loss in curves.get(CROSS_ENTROPY, [])],
         "seconds": seconds,  # of the last piece
         "resumed": resumed,
     }
@@ -149,26 +151,29 @@ def show(options: argparse.Namespace) -> list[str]:
 
 
 def plot(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws accepted length against epochs, a line a recipe."""
+    """Draws accepted length, and cross-entropy if it is there, against epochs: a line a recipe."""
     lines = [line for line in lines if line["lengths"]]
+    both = any(line.get("val_cross_entropy") for line in lines)
     plt = pyplot()
-    fig, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    colours = plt.get_cmap("viridis", max(2, len(lines)))
+    fig, axes = plt.subplots(
+        1, 1 + both, figsize=(7.5 + 3.5 * both, 4.5), layout="constrained", squeeze=False
+    )
+    colours = plt.get_cmap("viridis", max(3, len(lines) + 1))  # its last is too pale on white
     for place, line in enumerate(sorted(lines, key=lambda line: -line["lengths"][-1])):
-        ax.plot(
-            line["epochs"],
-            line["lengths"],
-            color=colours(place),
-            marker=".",
-            label=f"{line['row']}: {line['lengths'][-1]:.2f}",
-        )
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("epochs")
-    ax.set_ylabel("accepted length, held-out prompts")
-    ax.set_title(title)
-    ax.grid(alpha=0.3)
+        label = f"{line['row']}: {line['lengths'][-1]:.2f}"
+        own = {"color": colours(place), "marker": ".", "label": label}
+        axes[0, 0].plot(line["epochs"], line["lengths"], **own)
+        losses = line.get("val_cross_entropy", [])
+        if losses:
+            axes[0, 1].plot(range(1, len(losses) + 1), losses, **own)
+    for ax, what in zip(axes[0], ("accepted length", "cross-entropy"), strict=False):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xlabel("epochs")
+        ax.set_ylabel(f"{what}, held-out prompts")
+        ax.grid(alpha=0.3)
+    fig.suptitle(title)
     if lines:
-        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
