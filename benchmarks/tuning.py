@@ -86,7 +86,7 @@ def read_share(text: str) -> tuple[int, int]:
         UserError: It is not two whole numbers, the first from 1 to the second.
     """
     which, _, shares = text.partition("/")
-    if not (which.isdigit() and shares.isdigit() and 1 <= int(which) <= int(shares)):
+    if not (which.isdecimal() and shares.isdecimal() and 1 <= int(which) <= int(shares)):
         raise UserError(f"--share is {text!r}; give which of how many, such as 2/4.")
     return int(which), int(shares)
 

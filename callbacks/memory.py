@@ -120,6 +120,7 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
             logit_buffers=logit_buffers(head),
             gradient_copies=copies,
             soft_labels=module.loss.needs_target,
+            optimizer=module.hparams.optimizer,
         ),
     )
     if is_sharded(drafter):

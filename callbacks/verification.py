@@ -68,8 +68,8 @@ class SpeculativeVerification(Callback):
         seed: Of sampled trajectories.
         trust_responses: Use the responses stored with the prompts as trajectories; the share of
             their tokens that equals the target's argmax is logged.
-        every_n_epochs: Validation epochs between verifications; the last epoch is verified too. 0
-            switches it off.
+        every_n_epochs: Epochs between verifications, at the end of their validation; the
+            one at max_epochs or max_steps is verified too. 0 switches it off.
         before_training: Measure the drafter before the first step too.
         batch_size: Prompts generated together.
         anchors_per_chunk: Blocks denoised at once in replay; bounds memory.
@@ -173,7 +173,9 @@ class SpeculativeVerification(Callback):
             return False
         fitting = trainer.state.fn == "fit"
         done = trainer.current_epoch + 1
-        return not fitting or done % self.every_n_epochs == 0 or done == trainer.max_epochs
+        steps = trainer.max_steps or -1
+        last = done == trainer.max_epochs or 0 < steps <= trainer.global_step
+        return not fitting or done % self.every_n_epochs == 0 or last
 
     # ------------------------------------------------------------------ prompts and trajectories
 

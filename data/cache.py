@@ -11,6 +11,8 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from pydoc import locate
+from typing import Any
 
 import torch
 import yaml
@@ -79,8 +81,20 @@ def with_run_settings(args: list[str]) -> list[str]:
         ]
         if group == "verification" and own.get("batch_size") is not None:
             taken.append(f"--verify_batch_size={own['batch_size']}")
+    if reads_the_target((content.get("model") or {}).get("loss") or {}):
+        taken.append("--last_hidden=true")
     # what stands on the command line comes later, so it wins
     return [*args[:place], *taken, *args[place + 2 :]]
+
+
+def reads_the_target(loss: dict[str, Any]) -> bool:
+    """Returns whether a loss, as a config has it, reads the target's distribution."""
+    paths = [
+        str((extra.get("term") or {}).get("class_path", ""))
+        for extra in (loss.get("extra") or {}).values()
+    ]
+    terms = [locate(path) for path in paths if path]
+    return any((loss.get("alpha_kl"), *(getattr(term, "needs_target", False) for term in terms)))
 
 
 def run_build(options: Namespace) -> None:

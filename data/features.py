@@ -159,8 +159,13 @@ class RememberedFeatures:
 
     def features(self, request: Request) -> list[DocumentFeatures]:
         """See `Keeper`."""
-        prefix = (request.row_set, request.layer_ids, request.last_hidden)
-        keys = [(*prefix, sample) for sample in request.batch.sample_ids.tolist()]
+        places = [
+            (request.row_set, request.layer_ids, sample)
+            for sample in request.batch.sample_ids.tolist()
+        ]
+        keys = [(*place, request.last_hidden) for place in places]
+        if not request.last_hidden:  # what another run has kept for more serves as well
+            keys = [(*place, (*place, True) in self._kept) for place in places]
         missing = [i for i, key in enumerate(keys) if key not in self._kept]
         if missing:
             to = request.batch.input_ids.device if self._on_device else "cpu"
@@ -170,6 +175,8 @@ class RememberedFeatures:
                 # copies: a view would keep the whole padded batch alive
                 own = None if last is None else soft_labels(self._head, last).packed().to(to)
                 self._kept[keys[i]] = (states.to(to, copy=True), own)
+                if request.last_hidden:
+                    self._kept.pop((*places[i], False), None)
         return [self._kept[key] for key in keys]
 
 

@@ -365,6 +365,9 @@ class OnlineHiddenStates(LightningDataModule):
         self, rows: RowSet, batch_size: int, *, training: bool, accumulate: int = 1
     ) -> DraftLoader:
         rank, world_size = rank_and_world(self.trainer)
+        last_hidden = self._last_hidden_asked()
+        if last_hidden and len(rows) and isinstance(rows.rows, CachedRows):
+            rows.rows.last_hidden(0)  # here, not in a worker process after minutes
         dataset = BatchDataset(
             rows,
             num_anchors=self.num_anchors,
@@ -374,7 +377,7 @@ class OnlineHiddenStates(LightningDataModule):
             pack_length=self.pack_length,
             resample=training,
             features=rows.rows if isinstance(rows.rows, CachedRows) else None,
-            last_hidden=self._last_hidden_asked(),
+            last_hidden=last_hidden,
         )
         batches = EpochBatches(
             len(rows),

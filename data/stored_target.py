@@ -126,6 +126,10 @@ class StoredTarget(Target):
                 )
         return self._whole
 
+    def let_go(self) -> None:
+        """Frees the whole target, if it was loaded."""
+        self._whole = None
+
     def check_layers(self, layer_ids: Sequence[int]) -> None:
         """Raises UserError unless the cache holds exactly these layers, in this order."""
         kept = self._manifest.identity["layer_ids"]

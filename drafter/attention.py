@@ -199,18 +199,20 @@ def _compiled_flex() -> Callable[..., Any]:
 def _flex_works(device: str) -> bool:
     """Tries one small compiled forward and backward; some cards lack the shared memory it needs."""
     try:
-        document_ids = torch.zeros(1, 256, dtype=torch.long, device=device)
-        anchors = torch.arange(8, 40, 4, device=device).unsqueeze(0)
-        visibility = Visibility(flex=_flex_mask(anchors, document_ids, 16))
-        trained = device == "cuda"  # a CPU's flex has no backward
-        query, key = (
-            torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=trained)
-            for shape in ((1, 4, 128, 64), (1, 2, 384, 64))
-        )
-        out = attend(query, key, key, visibility)
-        if trained:
-            out.sum().backward()
-        return True
+        # asked first by a validation, perhaps, where no gradient is wanted
+        with torch.inference_mode(False), torch.enable_grad():
+            document_ids = torch.zeros(1, 256, dtype=torch.long, device=device)
+            anchors = torch.arange(8, 40, 4, device=device).unsqueeze(0)
+            visibility = Visibility(flex=_flex_mask(anchors, document_ids, 16))
+            trained = device == "cuda"  # a CPU's flex has no backward
+            query, key = (
+                torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=trained)
+                for shape in ((1, 4, 128, 64), (1, 2, 384, 64))
+            )
+            out = attend(query, key, key, visibility)
+            if trained:
+                out.sum().backward()
+            return True
     except Exception as error:
         message = f"flex_attention does not work here, using SDPA instead: {error}"
         warnings.warn(message, stacklevel=2)

@@ -48,6 +48,8 @@ class StepSizes:
         logit_buffers: Chunks of fp32 logits that live together, see `logit_buffers`.
         gradient_copies: 1; 2 under DDP without `gradient_as_bucket_view`.
         soft_labels: Whether a loss reads the target's distribution.
+        optimizer: AdamW or Muon. What Muon's step needs for itself, a gigabyte and a half at most
+            unless one matrix is larger than 2^26 values, is seldom the peak and not counted.
     """
 
     rows: int
@@ -62,6 +64,7 @@ class StepSizes:
     logit_buffers: float = 1.5
     gradient_copies: int = 1
     soft_labels: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class MemoryEstimate:
     gradients: int
     """fp32, of the step before."""
     optimizer: int
-    """AdamW's two moments in fp32."""
+    """Two moments in fp32 (AdamW), or one of the matrices (Muon)."""
     weight_copies: int
     """Matrices in the compute dtype, made by autocast in every step."""
     features: int
@@ -115,7 +118,7 @@ def estimate_step(config: DrafterConfig, sizes: StepSizes) -> MemoryEstimate:
     return MemoryEstimate(
         weights=weights,
         gradients=weights * sizes.gradient_copies,
-        optimizer=2 * weights,
+        optimizer=2 * weights - FP32 * matrices * (sizes.optimizer == "muon"),
         weight_copies=matrices * sizes.compute_bytes if sizes.compute_bytes < FP32 else 0,
         features=sizes.rows * sizes.tokens * _widths(config)[3] * sizes.feature_bytes,
         activations=saved_activations(config, sizes),

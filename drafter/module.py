@@ -39,7 +39,7 @@ from drafter.optimisation import (
 )
 from drafter.ranks import sum_over_ranks
 from drafter.sharding import full, is_sharded, shard, whole
-from drafter.soft_labels import SoftLabels, soft_labels
+from drafter.soft_labels import SoftLabels, check_linear, soft_labels
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
 from losses.combined import CombinedLoss, LossOutput
@@ -72,7 +72,8 @@ class DrafterModule(LightningModule):
             Layers, widths, taps and mask token are that drafter's; steps, schedule and optimizer
             begin anew (`--ckpt_path` continues a run instead).
         optimizer: `adamw`, or `muon`: orthogonal steps for matrices (`drafter.muon`).
-        learning_rate: Peak learning rate; of either, for Muon's steps have AdamW's size.
+        learning_rate: Peak learning rate. Muon's steps have AdamW's size, but bear about ten times
+            the rate.
         weight_decay: On matrices; norms have none.
         betas: AdamW's moment decays.
         momentum: Muon's.
@@ -125,11 +126,11 @@ class DrafterModule(LightningModule):
         super().__init__()
         check_block_size(block_size)
         # a checkpoint's hyper-parameters are plain values (weights_only), so loss may be a dict
-        self.loss = CombinedLoss(**loss) if isinstance(loss, dict) else loss
+        self.loss = CombinedLoss.from_saved(loss) if isinstance(loss, dict) else loss
         self.save_hyperparameters(
             {
-                # extra terms are objects: a loaded module has the three that have names
-                "loss": dataclasses.asdict(dataclasses.replace(self.loss, extra=None)),
+                # extra terms are objects: a loaded module has those that have names
+                "loss": {**dataclasses.asdict(self.loss), "extra": None},
                 "block_size": block_size,
                 "num_layers": num_layers,
                 "target_layer_ids": target_layer_ids,
@@ -183,6 +184,8 @@ class DrafterModule(LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.attach(datamodule.target)
         assert self.drafter is not None
+        if stage != "predict" and self.loss.needs_target:
+            check_linear(self.target.head)
         ours = self.drafter.config.block_size
         counted = getattr(datamodule, "block_size", ours)
         if stage != "predict" and counted != ours:
@@ -202,10 +205,11 @@ class DrafterModule(LightningModule):
                     "--model.log_gradient_norms_every needs whole gradients, which FSDP2 spreads "
                     "over the ranks; set it to 0, or use configs/trainer/ddp.yaml."
                 )
-            if self.hparams.optimizer == "muon":
+            if self.hparams.optimizer == "muon" and self._fitting():
                 raise UserError(
                     "--model.optimizer muon needs whole matrices, which FSDP2 spreads over the "
-                    "ranks; use adamw, or configs/trainer/ddp.yaml."
+                    "ranks; use configs/trainer/ddp.yaml, or adamw with about a tenth of the "
+                    "learning rate and --model.max_grad_norm 1."
                 )
             shard(self.drafter, mesh)
         if self.hparams.compile_drafter:
@@ -229,10 +233,11 @@ class DrafterModule(LightningModule):
             self.drafter = self._start_from(self.continues or self.hparams.init_from, target)
         if self.drafter is None:
             self.drafter = Drafter(self._config_for(target))
-            how = self.hparams.init_from_target
-            # a cache has no layers: they would be loaded for nothing
+            # a cache has no layers: the target would be loaded for what a checkpoint overwrites
+            how: InitFromTarget = "norm" if self.continues else self.hparams.init_from_target
             layers = target.layers if how == "layers" else nn.ModuleList()
             initialise_from_target(self.drafter, target.final_norm, layers, how)
+            target.let_go()
         config = self.drafter.config
         ours = (config.hidden_size, config.num_target_layers)
         theirs = (target.hidden_size, target.num_layers)
@@ -255,7 +260,7 @@ class DrafterModule(LightningModule):
         drafter = loaded.drafter
         drafter.float().train()
         config = drafter.config
-        fitting = self._trainer is None or self._trainer.state.fn == "fit"
+        fitting = self._trainer is None or self._fitting()
         if not fitting and config.block_size != self.hparams.block_size:
             raise UserError(
                 f"{path} drafts blocks of {config.block_size}, --model.block_size says "
@@ -318,12 +323,18 @@ class DrafterModule(LightningModule):
         step, epoch = checkpoint.get("schedule_origin", (0, 0))
         self.schedule_origin = (step, epoch)
         trained_with = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
-        if self.hparams.optimizer != trained_with and self._resuming():
+        if self.hparams.optimizer != trained_with and self._fitting():
             raise UserError(
                 f"The checkpoint was trained with --model.optimizer {trained_with}, this run says "
                 f"{self.hparams.optimizer}; resume with {trained_with}, or start a new run from "
                 "its weights with --model.init_from."
             )
+        if self._fitting():  # the run's device may be another than the checkpoint's
+            on_cuda = self.trainer.strategy.root_device.type == "cuda"
+            for state in checkpoint.get("optimizer_states", []):
+                for group in state["param_groups"]:
+                    if "fused" in group:
+                        group["fused"] = on_cuda
         saved = DrafterConfig.from_dict(checkpoint[CHECKPOINT_KEY])
         if self.drafter is None:
             self.drafter = Drafter(saved)
@@ -338,8 +349,7 @@ class DrafterModule(LightningModule):
                 "with the checkpoint's settings, or start a new run."
             )
 
-    def _resuming(self) -> bool:
-        """Whether a checkpoint's optimizer state is about to be read."""
+    def _fitting(self) -> bool:
         return self._trainer is not None and self._trainer.state.fn == "fit"
 
     # ------------------------------------------------------------------ what others ask

@@ -9,6 +9,9 @@ target's distribution p is scale * (h @ E_p[W] + E_p[b]), and
 
 p itself is needed once a position, however many blocks cover it: a slot takes D numbers and the
 entropy, not V.
+
+On a CPU a low-precision head's logits are rounded to its dtype, and KL with them; on a GPU they
+are fp32.
 """
 
 from __future__ import annotations
@@ -56,6 +59,16 @@ class SoftLabels(NamedTuple):
         return SoftLabels(self.rows[part], bias, self.entropy[part])
 
 
+def check_linear(head: FrozenHead) -> None:
+    """Raises UserError if a head caps its logits (Gemma 2): they are not linear in the state."""
+    if head.softcap is not None:
+        raise UserError(
+            "KL to the target's distribution (model.loss.alpha_kl, losses.ForwardKL) does not go "
+            "with a target that caps its logits (final_logit_softcapping); leave it out: "
+            "--model.loss.alpha_kl 0."
+        )
+
+
 @torch.no_grad()
 def soft_labels(
     head: FrozenHead, last_hidden_PD: Tensor, chunk_rows: int | None = None
@@ -68,13 +81,9 @@ def soft_labels(
         chunk_rows: Positions per chunk; default by the head.
 
     Raises:
-        UserError: The head caps its logits (Gemma): they are not linear in the drafter's state.
+        UserError: See `check_linear`.
     """
-    if head.softcap is not None:
-        raise UserError(
-            "KL to the target's distribution does not go with a target "
-            "that caps its logits (final_logit_softcapping); set --model.loss.alpha_kl 0."
-        )
+    check_linear(head)
     size = chunk_rows or head.chunk_rows()
     with torch.autocast(last_hidden_PD.device.type, enabled=False):
         chunks = [_of_chunk(head, chunk_CD) for chunk_CD in last_hidden_PD.split(size)]

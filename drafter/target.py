@@ -219,6 +219,9 @@ class Target:
             out: Tensor = self._embedding(ids).to(ids.device)  # spread: it may lie elsewhere
             return out if self._embedding_scale == 1.0 else out * self._embedding_scale
 
+    def let_go(self) -> None:
+        """Frees what was loaded for one use: nothing of a target that is run in any case."""
+
     def features(
         self,
         input_ids: Tensor,

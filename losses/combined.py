@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +154,15 @@ class CombinedLoss:
             terms[FORWARD_KL] = ForwardKL(self.gamma)
         terms.update((name, extra.term) for name, extra in (self.extra or {}).items())
         return terms
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any]) -> CombinedLoss:
+        """Returns the loss of a checkpoint's plain values, which have no extra terms.
+
+        Where those were all that had a weight, cross-entropy stands in their place.
+        """
+        weights = [saved.get(f"alpha_{name}") for name in (CROSS_ENTROPY, FOCAL, CHAIN, "kl")]
+        return cls(**saved) if any(weights) else cls(**{**saved, "alpha_cross_entropy": 1.0})
 
     @property
     def needs_target(self) -> bool:

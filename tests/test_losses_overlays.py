@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import losses
+from drafter.module import DrafterModule
 from losses import CombinedLoss, Schedule, WeightedTerm
 
 FOLDER = Path(__file__).parents[1] / "configs" / "losses"
@@ -78,6 +79,16 @@ RIVALS = {
 def test_every_rival_has_an_overlay():
     folder = FOLDER.parent / "rivals"
     assert {path.stem for path in folder.glob("*.yaml")} == RIVALS.keys() | {"forward-kl"}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_module_saves_and_loads_a_rivals_settings(name):
+    """A rival alone has no named weight; its extra term is an object, which no checkpoint keeps."""
+    loss = parse(f"--config={FOLDER.parent / 'rivals' / name}.yaml")
+    saved = DrafterModule(loss=loss).hparams["loss"]
+    assert saved["extra"] is None
+    again = DrafterModule(loss=saved).loss
+    assert (again.alpha_cross_entropy, *settings(again)) == (1.0, math.inf, 0.0, 0.0)
 
 
 def test_distillation_is_alone():

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import drafter.muon as muon_module
+from drafter.memory import StepSizes, estimate_step
 from drafter.muon import Muon, orthogonal
 from tests.runs import cli, weights
 from tests.test_run_training import same
@@ -31,8 +33,9 @@ def give_gradients(own, step, scale=1.0):
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_steps_are_those_of_torchs_muon_and_adamw(weight_decay):
+@pytest.mark.parametrize(("weight_decay", "together"), [(0.0, 1 << 26), (0.1, 1 << 26), (0.1, 130)])
+def test_steps_are_those_of_torchs_muon_and_adamw(monkeypatch, weight_decay, together):
+    monkeypatch.setattr(muon_module, "MOST_VALUES", together)
     own, twins = parameters(), parameters()
     optimizer = ours(own, weight_decay=weight_decay, momentum=0.9, betas=(0.8, 0.9))
     for group in optimizer.param_groups:
@@ -99,6 +102,10 @@ def test_its_state_is_saved_and_goes_on(tmp_path):
     resumed = cli(broken, extra=("--ckpt_path", "last"), **changes)
     assert resumed.trainer.global_step == whole.trainer.global_step == 10
     assert same(weights(resumed), weights(whole))
+    drafter, (optimizer,) = whole.model.drafter, whole.trainer.optimizers
+    sizes = StepSizes(1, 8, 1, 8, 8, optimizer="muon")
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    assert estimate_step(drafter.config, sizes).optimizer == sum(v.nbytes for v in kept if v.ndim)
     adamw = tmp_path / "adamw"
     adamw.mkdir()
     assert not same(weights(cli(adamw, model__total_steps=10)), weights(whole))
@@ -113,3 +120,18 @@ def test_another_optimizer_than_the_checkpoints_is_refused(tmp_path, capsys):
             extra=("--ckpt_path", "last", "--model.optimizer", "muon"),
         )
     assert "trained with --model.optimizer adamw" in capsys.readouterr().err
+
+
+def test_a_checkpoint_made_elsewhere_takes_this_runs_kernels(tmp_path):
+    """Fused kernels are a GPU's: what a CPU saved must not switch them off there."""
+    cli(tmp_path, trainer__max_steps=3, model__total_steps=6)
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = checkpoint["optimizer_states"]
+    for group in state["param_groups"]:
+        group["fused"] = True
+    torch.save(checkpoint, path)
+    resumed = cli(
+        tmp_path, trainer__max_steps=6, model__total_steps=6, extra=("--ckpt_path", "last")
+    )
+    assert not any(group["fused"] for group in resumed.trainer.optimizers[0].param_groups)

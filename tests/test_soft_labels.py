@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+import yaml
 
+from data import sharing
+from data.cache import with_run_settings
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.errors import UserError
 from drafter.head import FrozenHead, score_blocks, score_slots
@@ -14,6 +17,7 @@ from drafter.soft_labels import SoftLabels, soft_labels
 from losses import CombinedLoss, ForwardKL, WeightedTerm
 from tests.losses_twins import valid_positions, weight
 from tests.runs import cli, scalars, weights
+from tests.tiny import tiny_target_dir
 
 VARIANTS = {"plain": {}, "scaled": {"scale": 0.3}, "bias": {"bias": True, "scale": 1.7}}
 
@@ -192,3 +196,47 @@ def test_a_run_distils_online_from_memory_and_from_a_cache_alike(tmp_path):
         assert curve == pytest.approx(curves[0], rel=1e-4)
         for name, value in end.items():
             torch.testing.assert_close(value, ends[0][name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_target_that_caps_its_logits_is_refused_before_the_first_step(tmp_path, capsys):
+    tiny_target_dir(tmp_path, "gemma3", tied=True, final_logit_softcapping=3.0)
+    with pytest.raises(SystemExit):
+        cli(tmp_path, model__loss={"alpha_kl": 1.0})
+    assert "caps its logits" in capsys.readouterr().err
+
+
+def test_runs_that_share_features_keep_one_copy_of_a_row(tmp_path):
+    with sharing.shared_between_runs():
+        for name, alpha in (("plain", 0.0), ("soft", 1.0), ("again", 0.0)):
+            changes = {"model__loss": {"alpha_kl": alpha}, "data__keep_in_memory": True}
+            cli(tmp_path, run_dir=str(tmp_path / name), trainer__max_steps=5, **changes)
+        (kept,) = sharing._shared.features.values()
+        rows = [(key[0], key[2]) for key in kept]
+        assert len(rows) == len(set(rows)) == 12
+        assert all(soft is not None for _, soft in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("loss", "asked"),
+    [
+        ({"alpha_kl": 0.5}, True),
+        ({"extra": {"kl": {"term": {"class_path": "losses.ForwardKL"}}}}, True),
+        ({"extra": {"d": {"term": {"class_path": "losses.DPace"}}}, "alpha_kl": 0.0}, False),
+        (None, False),
+    ],
+)
+def test_a_cache_built_for_a_config_has_what_its_loss_reads(tmp_path, loss, asked):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": {"loss": loss}}))
+    words = with_run_settings(["build", "--from", str(path)])
+    assert ("--last_hidden=true" in words) == asked
+
+
+def test_a_cache_without_it_is_refused_at_once(tmp_path, capsys):
+    cached = {"data__cache": str(tmp_path / "states"), "trainer__max_epochs": 1}
+    cli(tmp_path, data__fill_cache=True, **cached)
+    with pytest.raises(SystemExit):
+        cli(tmp_path, model__loss={"alpha_kl": 1.0}, data__num_workers=2, **cached)
+    told = capsys.readouterr().err
+    assert "--last_hidden true" in told
+    assert "DataLoader worker" not in told
