@@ -19,6 +19,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
 
+PRODUCTS = {"cuda": torch.bfloat16, "cpu": torch.float32}
+"""In what the iterations run, by device: in bf16 as torch's where that is fast; a CPU's products in
+bf16 can take a hundred times as long as in fp32."""
+
 MOST_VALUES = 1 << 26
 """Values of matrices that are stepped together, which takes about five times their memory (256 MiB
 in fp32) for a while; one matrix may be larger."""
@@ -114,7 +118,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices_NAB: Tensor) -> Tensor:
-    """Returns about U V^T of each matrix U S V^T, in bf16: singular values near 1, not equal to it.
+    """Returns about U V^T of each matrix U S V^T: singular values near 1, not equal to it.
 
     Five Newton-Schulz iterations with coefficients that drive small singular values up fast.
 
@@ -123,7 +127,7 @@ def orthogonal(matrices_NAB: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     tall = matrices_NAB.shape[1] > matrices_NAB.shape[2]
-    wide = matrices_NAB.bfloat16()
+    wide = matrices_NAB.to(PRODUCTS.get(matrices_NAB.device.type, torch.float32))
     wide = wide.mT if tall else wide
     # a Frobenius norm of 1 bounds the largest singular value
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)

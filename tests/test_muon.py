@@ -36,6 +36,7 @@ def give_gradients(own, step, scale=1.0):
 @pytest.mark.parametrize(("weight_decay", "together"), [(0.0, 1 << 26), (0.1, 1 << 26), (0.1, 130)])
 def test_steps_are_those_of_torchs_muon_and_adamw(monkeypatch, weight_decay, together):
     monkeypatch.setattr(muon_module, "MOST_VALUES", together)
+    monkeypatch.setitem(muon_module.PRODUCTS, "cpu", torch.bfloat16)
     own, twins = parameters(), parameters()
     optimizer = ours(own, weight_decay=weight_decay, momentum=0.9, betas=(0.8, 0.9))
     for group in optimizer.param_groups:
@@ -64,7 +65,9 @@ def test_steps_are_those_of_torchs_muon_and_adamw(monkeypatch, weight_decay, tog
             torch.testing.assert_close(one, twin, rtol=0, atol=0.03 * moved.item())
 
 
-def test_updates_have_singular_values_near_one():
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_updates_have_singular_values_near_one(monkeypatch, products):
+    monkeypatch.setitem(muon_module.PRODUCTS, "cpu", products)
     torch.manual_seed(0)
     for shape in ((3, 16, 16), (2, 16, 40), (2, 40, 16)):
         found = orthogonal(torch.randn(shape)).float()

@@ -140,7 +140,9 @@ def test_validate_reports_a_checkpoint_and_writes_no_run(tmp_path, capsys):
     assert not (tmp_path / "run-2").exists()
 
 
-@pytest.mark.parametrize("end", [{"trainer__max_epochs": 4}, {"trainer__max_steps": 20, "trainer__max_epochs": 9}])
+@pytest.mark.parametrize(
+    "end", [{"trainer__max_epochs": 4}, {"trainer__max_steps": 20, "trainer__max_epochs": 9}]
+)
 def test_a_run_s_last_drafter_is_measured(tmp_path, end):
     run = cli(tmp_path, verification__every_n_epochs=3, data__num_anchors=2, **end)
     measured = scalars(tmp_path / "run")["val/accepted_length"]
