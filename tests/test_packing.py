@@ -11,6 +11,7 @@ import torch
 from data.online import OnlineHiddenStates
 from drafter.blocks import Span, build_blocks
 from drafter.packing import pack, place
+from drafter.soft_labels import soft_labels
 from tests.runs import cli, config, weights
 
 ROWS = 8
@@ -80,12 +81,17 @@ def test_packed_batches_hold_the_same_blocks_and_features(folder, keep):
     assert len(packed.input_ids) < len(apart.input_ids) == ROWS
     assert torch.equal(packed.sample_ids, apart.sample_ids)
     assert torch.equal(packed.valid_counts, apart.valid_counts)
+    head = module.target.head
+    if keep:  # what a loss makes of last_hidden is kept in its place
+        made = soft_labels(head, apart.last_hidden.flatten(0, 1)).packed()
+        apart.soft_labels = made.view(*apart.input_ids.shape, -1)
+    last_name = "soft_labels" if keep else "last_hidden"
     for i, (row, first, last) in enumerate(packed.spans):
         own = slice(0, last - first)
         for name in ("input_ids", "supervised", "positions"):
             a, b = getattr(packed, name), getattr(apart, name)
             assert torch.equal(a[row, first:last], b[i, own]), name
-        for name in ("hidden_states", "last_hidden"):
+        for name in ("hidden_states", last_name):
             a, b = getattr(packed, name), getattr(apart, name)
             torch.testing.assert_close(a[row, first:last], b[i, own], atol=1e-5, rtol=1e-5)
         inside = packed.anchors[row]
@@ -93,8 +99,10 @@ def test_packed_batches_hold_the_same_blocks_and_features(folder, keep):
         assert torch.equal(inside, apart.anchors[i][apart.anchors[i] >= 0])
     if keep:
         before = packed.hidden_states.clone()
-        again = dataclasses.replace(packed, hidden_states=None, last_hidden=None)
-        assert torch.equal(module.add_features(again, (0, 2), True).hidden_states, before)
+        again = dataclasses.replace(packed, hidden_states=None, soft_labels=None)
+        module.add_features(again, (0, 2), True)
+        assert torch.equal(again.hidden_states, before)
+        assert torch.equal(again.soft_labels, packed.soft_labels)
 
 
 def test_loss_and_gradient_are_those_of_separate_rows_added_up(folder):
