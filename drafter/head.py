@@ -177,19 +177,22 @@ def _score(
         part = slice(start, start + how.chunk_rows)
         chunk = _score_chunk(head, hidden_TD[part], labels_T[part].unsqueeze(-1), how, with_slope)
         log_prob_T[part], correct_T[part] = chunk.log_prob, chunk.correct
-        if kl_T is not None and soft is not None:
-            ours = soft.part(part)
-            kl_T[part] = chunk.log_total - mean_logit(head, hidden_TD[part], ours) - ours.entropy
-        for place, slope_CD in enumerate(chunk.slopes(head, soft and soft.part(part))):
+        own = None if soft is None else soft.at(part)
+        if kl_T is not None and own is not None:
+            mean_C = mean_logit(head, hidden_TD[part], own.rows, own.bias)
+            kl_T[part] = chunk.log_total - mean_C - own.entropy
+        for place, slope_CD in enumerate(chunk.slopes(head, own)):
             slopes[place][part] = slope_CD
     return log_prob_T, correct_T, kl_T, slopes
 
 
-def mean_logit(head: FrozenHead, hidden_CD: Tensor, soft: SoftLabels) -> Tensor:
-    """Returns E_p[z_q] (C,) in the dtype of soft's rows."""
-    seen_CD = hidden_CD.to(head.weight.dtype).to(soft.rows.dtype)  # rounded as the head sees it
-    mean_C = (seen_CD * soft.rows).sum(-1)
-    return (mean_C if soft.bias is None else mean_C + soft.bias) * head.scale
+def mean_logit(
+    head: FrozenHead, hidden_CD: Tensor, rows_CD: Tensor, bias_C: Tensor | None
+) -> Tensor:
+    """Returns E_p[z] (C,) of states' logits, from `SoftLabels`' rows and bias, in their dtype."""
+    seen_CD = hidden_CD.to(head.weight.dtype).to(rows_CD.dtype)  # rounded as the head sees it
+    mean_C = (seen_CD * rows_CD).sum(-1)
+    return (mean_C if bias_C is None else mean_C + bias_C) * head.scale
 
 
 class _Chunk(NamedTuple):
@@ -224,7 +227,7 @@ def _score_chunk(
     top_C1, top_id_C1, total_C1, weights_CV = how.fold(
         logits_CV, head.softcap, head.weight.dtype if with_slope else None
     )
-    log_total_C1 = top_C1 + total_C1.log()
+    log_C1 = total_C1.log()
     label_rows_CD = mean_rows_CD = None
     if weights_CV is not None:
         label_rows_CD = head.weight[labels_C1.squeeze(-1)].to(total_C1.dtype)
@@ -232,9 +235,9 @@ def _score_chunk(
             label_rows_CD = label_rows_CD * _cap_slope(label_logit_C1, head.softcap)
         mean_rows_CD = weighted_rows(head, weights_CV) / total_C1
     return _Chunk(
-        (label_logit_C1 - top_C1 - total_C1.log()).squeeze(-1),
+        (label_logit_C1 - top_C1 - log_C1).squeeze(-1),
         (top_id_C1 == labels_C1).squeeze(-1),
-        log_total_C1.squeeze(-1),
+        (top_C1 + log_C1).squeeze(-1),
         label_rows_CD,
         mean_rows_CD,
     )

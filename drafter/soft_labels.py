@@ -47,16 +47,10 @@ class SoftLabels(NamedTuple):
         bias = None if head.bias is None else packed[:, width + 1]
         return cls(packed[:, :width], bias, packed[:, width])
 
-    def at(self, index_T: Tensor) -> SoftLabels:
-        """Returns those at positions (T,)."""
-        bias = None if self.bias is None else self.bias.index_select(0, index_T)
-        rows, entropy = (each.index_select(0, index_T) for each in (self.rows, self.entropy))
-        return SoftLabels(rows, bias, entropy)
-
-    def part(self, part: slice) -> SoftLabels:
-        """Returns those of a run of positions."""
-        bias = None if self.bias is None else self.bias[part]
-        return SoftLabels(self.rows[part], bias, self.entropy[part])
+    def at(self, where: Tensor | slice) -> SoftLabels:
+        """Returns those at positions (T,), or of a run of positions."""
+        bias = None if self.bias is None else self.bias[where]
+        return SoftLabels(self.rows[where], bias, self.entropy[where])
 
 
 def check_linear(head: FrozenHead) -> None:
@@ -104,6 +98,4 @@ def _of_chunk(head: FrozenHead, hidden_CD: Tensor) -> tuple[Tensor, Tensor | Non
     rows_CD = weighted_rows(head, exp_CV.to(head.weight.dtype)) / total_C1
     log_total_C = (top_C1 + total_C1.log()).squeeze(-1)
     # H(p) = log Z - E_p[z], its mean by the same rows as KL's: equal distributions give 0
-    unknown = SoftLabels(rows_CD, bias_C, torch.zeros_like(log_total_C))
-    entropy_C = log_total_C - mean_logit(head, hidden_CD, unknown)
-    return rows_CD, bias_C, entropy_C
+    return rows_CD, bias_C, log_total_C - mean_logit(head, hidden_CD, rows_CD, bias_C)

@@ -28,6 +28,9 @@ FOCAL = "focal"
 CHAIN = "chain"
 FORWARD_KL = "forward_kl"
 
+ALPHAS = ("alpha_cross_entropy", "alpha_focal", "alpha_chain", "alpha_kl")
+"""Fields of `CombinedLoss` that are weights of its named terms."""
+
 
 @dataclass
 class WeightedTerm:
@@ -118,7 +121,7 @@ class CombinedLoss:
             schedule = getattr(self, name)
             if isinstance(schedule, dict):
                 object.__setattr__(self, name, Schedule(**schedule))
-        for name in ("alpha_cross_entropy", "alpha_focal", "alpha_chain", "alpha_kl"):
+        for name in ALPHAS:
             alpha = getattr(self, name)
             if not (alpha >= 0 and math.isfinite(alpha)):
                 raise ValueError(
@@ -135,8 +138,7 @@ class CombinedLoss:
                     "and a finite weight."
                 )
         extras = [term.weight for term in (self.extra or {}).values()]
-        own = (self.alpha_cross_entropy, self.alpha_focal, self.alpha_chain, self.alpha_kl)
-        if not any((*own, *extras)):
+        if not any((*(getattr(self, name) for name in ALPHAS), *extras)):
             raise ValueError("Every weight of the loss is 0; give at least one term a weight.")
         _ = self.terms  # every term checks its own settings
 
@@ -161,8 +163,8 @@ class CombinedLoss:
 
         Where those were all that had a weight, cross-entropy stands in their place.
         """
-        weights = [saved.get(f"alpha_{name}") for name in (CROSS_ENTROPY, FOCAL, CHAIN, "kl")]
-        return cls(**saved) if any(weights) else cls(**{**saved, "alpha_cross_entropy": 1.0})
+        weighted = any(saved.get(name) for name in ALPHAS)
+        return cls(**saved) if weighted else cls(**{**saved, "alpha_cross_entropy": 1.0})
 
     @property
     def needs_target(self) -> bool:

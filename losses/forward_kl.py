@@ -10,13 +10,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from losses.positional import check_gamma, positional_weights
-from losses.ratio import Ratio, Term
+from losses.positional import PositionalMean
 from losses.scores import BlockScores
 
 
 @dataclass(frozen=True)
-class ForwardKL(Term):
+class ForwardKL(PositionalMean):
     """L = sum w_k valid_k KL(p_k || q_k) / sum w_k valid_k, w_k = exp(-(k-1)/gamma).
 
     p_k is the target's distribution (temperature 1) of the token at slot k given the response's own
@@ -38,19 +37,8 @@ class ForwardKL(Term):
         tensor(0.3000)
     """
 
-    gamma: float = 10.0
     needs_target: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_gamma(self.gamma)
-
-    def __call__(self, scores: BlockScores) -> Ratio:
-        """Returns the weighted sum over valid slots, and the sum of their weights."""
-        counts_N = scores.counts_N.to(scores.log_prob.dtype)
-        weights_N = positional_weights(self.gamma, counts_N)
-        numerator = (scores.valid_kl * weights_N).sum()
-        return Ratio(numerator, self.window_denominator(counts_N))
-
-    def window_denominator(self, counts_N: Tensor) -> Tensor:
-        """Returns sum_k w_k counts_k, 0-d."""
-        return (positional_weights(self.gamma, counts_N) * counts_N).sum()
+    def cost(self, scores: BlockScores) -> Tensor:
+        """Returns KL(p || q) (M, N)."""
+        return scores.valid_kl

@@ -5,6 +5,7 @@ Legend: M blocks (flattened), N drafted slots of a block.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,8 @@ def check_gamma(gamma: float) -> None:
 
 
 @dataclass(frozen=True)
-class PositionalCrossEntropy(Term):
-    """L_ce = sum w_k valid_k (-log q_k(y_k)) / sum w_k valid_k, w_k = exp(-(k-1)/gamma).
-
-    Source: method.md, "The three interventions", 1; gamma = 10 in the paper, DFlash 7 at K = 16.
+class PositionalMean(Term):
+    """sum w_k valid_k c_k / sum w_k valid_k of a cost c a slot, w_k = exp(-(k-1)/gamma).
 
     Args:
         gamma: Positions over which the weight falls by a factor of e; inf for uniform.
@@ -56,13 +55,35 @@ class PositionalCrossEntropy(Term):
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
 
+    @abstractmethod
+    def cost(self, scores: BlockScores) -> Tensor:
+        """Returns c (M, N), 0 at invalid slots."""
+
     def __call__(self, scores: BlockScores) -> Ratio:
-        """Returns the weighted sum of -log q(y) over valid slots, and the sum of their weights."""
+        """Returns the weighted sum over valid slots, and the sum of their weights."""
         counts_N = scores.counts_N.to(scores.log_prob.dtype)
         weights_N = positional_weights(self.gamma, counts_N)
-        numerator = -(scores.valid_log_prob * weights_N).sum()
+        numerator = (self.cost(scores) * weights_N).sum()
         return Ratio(numerator, self.window_denominator(counts_N))
 
     def window_denominator(self, counts_N: Tensor) -> Tensor:
         """Returns sum_k w_k counts_k, 0-d."""
         return (positional_weights(self.gamma, counts_N) * counts_N).sum()
+
+
+@dataclass(frozen=True)
+class PositionalCrossEntropy(PositionalMean):
+    """L_ce = sum w_k valid_k (-log q_k(y_k)) / sum w_k valid_k, w_k = exp(-(k-1)/gamma).
+
+    Source: method.md, "The three interventions", 1; gamma = 10 in the paper, DFlash 7 at K = 16.
+
+    Args:
+        gamma: Positions over which the weight falls by a factor of e; inf for uniform.
+
+    Raises:
+        ValueError: gamma is not positive.
+    """
+
+    def cost(self, scores: BlockScores) -> Tensor:
+        """Returns -log q(y) (M, N)."""
+        return -scores.valid_log_prob
