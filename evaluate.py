@@ -143,7 +143,7 @@ def run_ablation(options: argparse.Namespace) -> None:
     write_ablation(ablation.results(grids, options.seeds), Path(options.output))
 
 
-def train_row(arguments: list[str], run_dir: Path) -> None:
+def train_row(arguments: list[str], run_dir: Path) -> train.DrafterCLI:
     """Trains one run of a recipe in this process, going on from its last checkpoint if any."""
     arguments = ["fit", *arguments, "--run_dir", str(run_dir)]
     if (run_dir / "config.yaml").exists():
@@ -151,7 +151,7 @@ def train_row(arguments: list[str], run_dir: Path) -> None:
     os.environ.pop(train.RUN_DIR_VARIABLE, None)
     own, sys.argv = sys.argv, ["train.py", *arguments]  # what the run's provenance should say
     try:
-        train.main()
+        return train.main()
     finally:
         sys.argv = own
 

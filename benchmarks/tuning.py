@@ -2,7 +2,7 @@
 
 python -m benchmarks.tuning run configs/tuning/screening.yaml --output tuning.jsonl --budget 560 \\
     -- --data.train_data aligned.jsonl.gz
-python -m benchmarks.tuning show tuning.jsonl --plot accepted_length.png
+python -m benchmarks.tuning show tuning.jsonl --plot accepted_length.png --rows-plot rows.png
 
 Recipes are the rows of grids (`drafter.evaluation.recipes`). All run in one process, with one
 target and one set of features. A finished recipe is a line of the output at once, and is not run
@@ -107,14 +107,16 @@ def train(row: Row, options: argparse.Namespace, run_dir: Path) -> dict[str, Any
     if run_dir.exists() and not resumed:
         shutil.rmtree(run_dir)  # stopped before it had anything to go on from but its curves
     begun = time.perf_counter()
-    train_row(row.arguments(options.seed, options.overrides), run_dir)
+    cli = train_row(row.arguments(options.seed, options.overrides), run_dir)
     seconds = time.perf_counter() - begun
+    cli.datamodule.setup("fit")  # reads what it let go of at the end, if it did
     curves = scalars(run_dir)
     epoch_at, lengths = dict(curves.get("epoch", [])), curves.get(LENGTH, [])
     return {
         "flags": dict(row.flags),
         "configs": list(row.configs),
         "overrides": options.overrides,
+        "rows": len(cli.datamodule.train_rows),
         "epochs": [int(epoch_at.get(step, 0)) + 1 if step else 0 for step, _ in lengths],
         "lengths": [length for _, length in lengths],
         "loss": [loss for _, loss in curves.get("train/cross_entropy", [])[-1:]],
@@ -130,7 +132,7 @@ def best(line: dict[str, Any]) -> float:
 
 
 def show(options: argparse.Namespace) -> list[str]:
-    """Prints a table of what is there, the longest first; plots accepted length against epochs."""
+    """Prints a table of what is there, the longest first; plots accepted length."""
     lines = [line for path in options.results for line in read_lines(Path(path))]
     lines = [line for line in lines if not options.grid or line["grid"] in options.grid]
     if not lines:
@@ -147,6 +149,8 @@ def show(options: argparse.Namespace) -> list[str]:
     print("\n".join(markdown_rows(head, body)))
     if options.plot:
         plot(lines, Path(options.plot), options.title)
+    if options.rows_plot:
+        plot_rows(lines, Path(options.rows_plot), options.title)
     return []
 
 
@@ -178,6 +182,36 @@ def plot(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     plt.close(fig)
 
 
+def plot_rows(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws accepted length at a recipe's end against the rows of its training: a line a grid."""
+    known = [line for line in lines if line["lengths"] and line.get("rows")]
+    if not known:
+        raise UserError("no recipe here says how many rows it was trained on: nothing to plot.")
+    known.sort(key=lambda line: line["rows"])
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7.5, 5.0), layout="constrained")
+    for grid in dict.fromkeys(line["grid"] for line in known):
+        own = [line for line in known if line["grid"] == grid]
+        points = [(line["rows"], line["lengths"][-1]) for line in own]
+        ax.plot(*zip(*points, strict=True), marker="o", label=grid)
+        for line, point in zip(own, points, strict=True):
+            note = f"{point[1]:.2f}\n{line['epochs'][-1]} epochs"
+            how = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8}
+            ax.annotate(note, point, (0, -8), **how)
+    ax.legend()
+    rows = sorted({line["rows"] for line in known})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(rows, [f"{x:,}" for x in rows])
+    ax.minorticks_off()
+    ax.margins(0.12, 0.15)
+    ax.set_xlabel("rows of training")
+    ax.set_ylabel("accepted length, held-out prompts")
+    ax.grid(alpha=0.3)
+    ax.set_title(title)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs a verb."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__)
@@ -193,6 +227,7 @@ def main(args: list[str] | None = None) -> None:
     showing.add_argument("results", nargs="+", help="outputs of `run`")
     showing.add_argument("--grid", action="append", default=[], help="only this grid's recipes")
     showing.add_argument("--plot", help="PNG to write")
+    showing.add_argument("--rows-plot", help="PNG to write: accepted length against rows")
     showing.add_argument("--title", default="")
     words = sys.argv[1:] if args is None else args
     cut = words.index("--") if "--" in words else len(words)

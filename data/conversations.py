@@ -6,6 +6,7 @@ chat template in `render.py` and `turns.py`, counting in `rows.py`, streams in `
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ def load_rows(
     streaming: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = True,
+    held_out: RowSet | None = None,
 ) -> RowSet:
     """Returns the rows of `source` that a drafter can be trained on, as tokens.
 
@@ -60,14 +62,16 @@ def load_rows(
         streaming: keep the tokens in files on disk, written as the rows arrive, not in memory.
         cache_dir: where those files lie; None for ~/.cache/l2r-drafter.
         progress: show a bar.
+        held_out: rows whose prompts must not come; others with one are left out, and counted.
 
     Raises:
-        UserError: the source cannot be read, a row is malformed, no row has an anchor to train on,
+        UserError: the source cannot be read, a row is malformed, no row can be trained on,
             or the tokenizer does not fit the target.
     """
     if skip < 0 or (limit is not None and limit < 0):
         raise UserError(f"skip is {skip} and limit is {limit}; neither may be negative")
     check_tokenizer_fits(tokenizer, vocab_size)
+    held_out_prompts = {row.prompt for row in held_out or ()} - {b""}
     tokenise = RowTokenizer(
         tokenizer,
         vocab_size=vocab_size,
@@ -75,6 +79,7 @@ def load_rows(
         target_max_length=target_max_length,
         eos_token_ids=eos_token_ids,
         template_kwargs=template_kwargs,
+        held_out=held_out_prompts,
     )
     reader = Source(source, split=split, streaming=streaming, revision=revision)
 
@@ -93,6 +98,9 @@ def load_rows(
             "max_length": max_length,
             "target_max_length": target_max_length,
         }
+        if held_out_prompts:
+            together = b"\n".join(sorted(held_out_prompts))
+            key["held_out"] = hashlib.sha256(together).hexdigest()
         folder = folder_for(cache_root(cache_dir), key)
         rows = load_or_build(folder, key, open_rows, tokenise, source=reader.name)
     else:

@@ -55,7 +55,8 @@ class OnlineHiddenStates(LightningDataModule):
             prompt/response pairs or prompt_ids/response_ids.
         train_split: Split of a hub data set.
         streaming: Tokenise a hub data set into an on-disk token file as it arrives.
-        val_data: Like train_data; None holds out the first `val_rows` rows of train_data.
+        val_data: Like train_data; None holds out the first `val_rows` rows of train_data, and
+            leaves out every other row with a prompt of theirs.
         val_rows: Rows held out (or, with val_data, rows taken of it; 0 takes all).
         limit_rows: Use at most this many rows of train_data, held-out rows included; None for all.
         max_length: Longest row in tokens; longer ones are cut, and counted.
@@ -284,18 +285,26 @@ class OnlineHiddenStates(LightningDataModule):
         if not self.train_data:
             raise UserError("No training data: set --data.train_data to files or a hub id.")
         held_out = self.val_rows if self.val_data is None else 0
-        if training:
-            limit = None if self.limit_rows is None else self.limit_rows - held_out
-            self._train_rows = self._rows(self.train_data, skip=held_out, limit=limit)
-            rank_zero_info(f"Training rows: {self._train_rows.report}")
         if self.val_data is not None:
             self._val_rows = self._rows(self.val_data, skip=0, limit=self.val_rows or None)
         elif held_out:
             self._val_rows = self._rows(self.train_data, skip=0, limit=held_out)
         if self._val_rows is not None:
             rank_zero_info(f"Held-out rows: {self._val_rows.report}")
+        if training:
+            limit = None if self.limit_rows is None else self.limit_rows - held_out
+            # another answer to a held-out prompt is no more for training than the prompt is
+            own = self._val_rows if held_out else None
+            self._train_rows = self._rows(self.train_data, held_out, limit, held_out=own)
+            rank_zero_info(f"Training rows: {self._train_rows.report}")
 
-    def _rows(self, source: str | list[str], skip: int, limit: int | None) -> RowSet:
+    def _rows(
+        self,
+        source: str | list[str],
+        skip: int,
+        limit: int | None,
+        held_out: RowSet | None = None,
+    ) -> RowSet:
         return load_rows(
             source,
             self.target.tokenizer,
@@ -307,6 +316,7 @@ class OnlineHiddenStates(LightningDataModule):
             limit=limit,
             split=self.train_split,
             streaming=self.streaming,
+            held_out=held_out,
         )
 
     def train_dataloader(self) -> DraftLoader:

@@ -6,7 +6,7 @@ Legend: T tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -25,6 +25,7 @@ REFUSED = "refused by the chat template"
 UNSUPERVISED = "no supervised token"
 CUT_AWAY = "no supervised token within max_length"
 NO_ANCHOR = "fewer than two supervised tokens in a row, so no anchor"
+HELD_OUT = "prompt of a held-out row"
 NAMED_ROWS = 5
 
 
@@ -41,6 +42,11 @@ class TokenRow:
     sample_id: int
     input_ids: np.ndarray
     supervised: np.ndarray
+
+    @property
+    def prompt(self) -> bytes:
+        """What stands before the first supervised token, as bytes: equal for equal prompts."""
+        return self.input_ids[: int(self.supervised.argmax())].tobytes()
 
 
 @dataclass
@@ -121,10 +127,13 @@ class RowReport:
         if not self.read:
             raise UserError(f"{self.source}: no rows (after skip and limit)")
         reasons = "; ".join(f"{reason}: {tally}" for reason, tally in self.left_out.items())
-        hint = "; data/regenerate.py lets the target answer prompts"
+        hint = ""
+        if UNSUPERVISED in self.left_out:
+            hint = "; data/regenerate.py lets the target answer prompts"
+        elif HELD_OUT in self.left_out:
+            hint = "; --data.val_data holds out rows of your own choice instead"
         raise UserError(
-            f"{self.source}: none of {self.read:,} rows has an anchor to train on: {reasons}"
-            f"{hint if UNSUPERVISED in self.left_out else ''}"
+            f"{self.source}: none of {self.read:,} rows can be trained on: {reasons}{hint}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,6 +187,7 @@ class RowTokenizer:
         target_max_length: what the target allows; None if it has no limit.
         eos_token_ids: ids that end the target's generation, beside the tokenizer's own.
         template_kwargs: passed to the chat template.
+        held_out: prompts (`TokenRow.prompt`) whose rows are left out.
 
     Raises:
         UserError: max_length is not positive or more than the target allows.
@@ -192,6 +202,7 @@ class RowTokenizer:
         target_max_length: int | None = None,
         eos_token_ids: Sequence[int] = (),
         template_kwargs: Mapping[str, Any] | None = None,
+        held_out: Collection[bytes] = (),
     ) -> None:
         if max_length is not None and max_length < 2:
             raise UserError(f"max_length is {max_length}; rows need at least 2 tokens")
@@ -206,6 +217,7 @@ class RowTokenizer:
         self.target_max_length = target_max_length
         self.eos_token_ids = known_eos_ids(tokenizer, eos_token_ids)
         self.template_kwargs = template_kwargs
+        self.held_out = held_out
         self._chat: ChatFormat | None = None
 
     @property
@@ -252,12 +264,16 @@ class RowTokenizer:
         if not len(candidates(supervised)):
             report.leave_out(row, NO_ANCHOR if supervised.any() else CUT_AWAY)
             return None
+        kept = TokenRow(row.index, ids.astype(np.int32), supervised)
+        if self.held_out and kept.prompt in self.held_out:
+            report.leave_out(row, HELD_OUT)
+            return None
         report.kept += 1
         report.tokens += len(ids)
         report.longest = max(report.longest, len(ids))
         report.supervised_tokens += int(supervised.sum())
         report.open_turns += open_turns
-        return TokenRow(row.index, ids.astype(np.int32), supervised)
+        return kept
 
     def _join(self, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(tokens.prompt_ids + tokens.response_ids, dtype=np.int64)

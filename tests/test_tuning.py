@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -62,6 +63,8 @@ def test_a_recipe_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monk
             (run_dir / "checkpoints" / "last.ckpt").touch()
         if len(left) < 3:
             raise SystemExit(143)
+        rows = SimpleNamespace(setup=lambda stage: None, train_rows=range(7))
+        return SimpleNamespace(datamodule=rows)
 
     monkeypatch.setattr(tuning, "train_row", train_row)
     monkeypatch.setattr(tuning, "scalars", lambda _: {})
@@ -72,6 +75,7 @@ def test_a_recipe_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monk
     assert left == [False, False, True]
     (line,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert line["resumed"]
+    assert line["rows"] == 7
     # nothing was measured: shown, and left out of the picture
     tuning.main(["show", str(tmp_path / "out.jsonl"), "--plot", str(tmp_path / "plot.png")])
 
@@ -108,6 +112,22 @@ def test_the_table_has_the_longest_first_and_the_plot_is_a_picture(tmp_path, tra
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| recipe | seed | best | epoch 0 | epoch 1 | epoch 2 | seconds |"
     assert table[2] == "| short | 0 | 1.500 | 1.000 | 1.500 | 1.300 | 10 |"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_accepted_length_against_rows(tmp_path, capsys):
+    lines = [
+        {"grid": "g", "row": name, "seed": 0, "lengths": [1.0, y], "epochs": [0, 1], "seconds": 1.0}
+        for name, y in (("few", 1.5), ("many", 2.0))
+    ]
+    made, plot = tmp_path / "out.jsonl", tmp_path / "plot.png"
+    made.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit):
+        tuning.main(["show", str(made), "--rows-plot", str(plot)])
+    assert "no recipe here says how many rows" in capsys.readouterr().err
+    counted = [line | {"rows": 10 * (i + 1)} for i, line in enumerate(lines)]
+    made.write_text("".join(json.dumps(line) + "\n" for line in counted))
+    tuning.main(["show", str(made), "--rows-plot", str(plot)])
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
