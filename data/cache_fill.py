@@ -227,7 +227,7 @@ def begin_filling(datamodule: Any) -> CacheFilling:
         "target": datamodule.target_path,
         "target_layer_ids": list(layer_ids),
         "dtype": datamodule.cache_dtype,
-        "last_hidden": last_hidden,
+        "last_hidden": last_hidden is not None,
     }
     parts = {TRAIN: datamodule.train_rows}
     if datamodule.val_row_set is not None:

@@ -5,7 +5,7 @@ Legend: B rows, S tokens per row, T tokens of a document, L tapped layers, D hid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -142,20 +142,18 @@ class NothingKept:
 class RememberedFeatures:
     """Computes a document's features when it is first seen.
 
-    Of last_hidden it keeps what a loss makes of it, which costs a pass of the head.
-
     Args:
         kept: What is remembered.
         on_device: On the accelerator, not in host memory.
-        head: The target's.
+        head: The target's, to keep of last_hidden the soft labels that it makes, which cost a pass
+            of the head; None to keep it as it is.
     """
 
-    softens = True
-
-    def __init__(self, kept: KeptFeatures, on_device: bool, head: FrozenHead) -> None:
+    def __init__(self, kept: KeptFeatures, on_device: bool, head: FrozenHead | None) -> None:
         self._kept = kept
         self._on_device = on_device
         self._head = head
+        self.softens = head is not None
 
     def features(self, request: Request) -> list[DocumentFeatures]:
         """See `Keeper`."""
@@ -163,9 +161,10 @@ class RememberedFeatures:
             (request.row_set, request.layer_ids, sample)
             for sample in request.batch.sample_ids.tolist()
         ]
-        keys = [(*place, request.last_hidden) for place in places]
-        if not request.last_hidden:  # what another run has kept for more serves as well
-            keys = [(*place, (*place, True) in self._kept) for place in places]
+        kind = ("soft_labels" if self.softens else "states") if request.last_hidden else None
+        keys: list[Hashable] = [(*place, kind) for place in places]
+        if kind is None:  # what another run has kept for more serves as well
+            keys = [self._richest(place) for place in places]
         missing = [i for i, key in enumerate(keys) if key not in self._kept]
         if missing:
             to = request.batch.input_ids.device if self._on_device else "cpu"
@@ -173,11 +172,22 @@ class RememberedFeatures:
             request.check.settle()  # before they are kept
             for i, (states, last) in zip(missing, found, strict=True):
                 # copies: a view would keep the whole padded batch alive
-                own = None if last is None else soft_labels(self._head, last).packed().to(to)
-                self._kept[keys[i]] = (states.to(to, copy=True), own)
+                self._kept[keys[i]] = (states.to(to, copy=True), self._last(last, to))
                 if request.last_hidden:
-                    self._kept.pop((*places[i], False), None)
+                    self._kept.pop((*places[i], None), None)
         return [self._kept[key] for key in keys]
+
+    def _richest(self, place: tuple[Hashable, ...]) -> Hashable:
+        """Returns the key under which a row lies with the most, or would lie with nothing more."""
+        kinds = (key for kind in ("states", "soft_labels") if (key := (*place, kind)) in self._kept)
+        return next(kinds, (*place, None))
+
+    def _last(self, last: Tensor | None, to: torch.device | str) -> Tensor | None:
+        if last is None:
+            return None
+        if self._head is None:
+            return last.to(to, copy=True)
+        return soft_labels(self._head, last).packed().to(to)
 
 
 class RoundedFeatures:
@@ -223,7 +233,7 @@ def fill_batch(
 ) -> DraftBatch:
     """Fills a batch's `hidden_states` (B, S, L*D) and, if asked, `last_hidden` (B, S, D).
 
-    Where features are kept in memory it fills `soft_labels` instead of `last_hidden`.
+    A keeper that softens has it fill `soft_labels` instead of `last_hidden`.
 
     Args:
         batch: On the target's device.

@@ -28,7 +28,7 @@ from data.features import (
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, rank_and_world
 from data.sharing import KeptFeatures, load_target, shared_features
-from drafter.blocks import DraftBatch
+from drafter.blocks import DraftBatch, LastHidden
 from drafter.errors import UserError
 from drafter.ranks import sum_over_ranks
 from drafter.target import Target
@@ -369,7 +369,7 @@ class OnlineHiddenStates(LightningDataModule):
     def _last_hidden_asked(self) -> bool:
         """Whether the run's loss reads what the head reads."""
         ask = getattr(getattr(self.trainer, "lightning_module", None), "feature_request", None)
-        return ask is not None and ask()[1]
+        return ask is not None and ask()[1] is not None
 
     def _loader(
         self, rows: RowSet, batch_size: int, *, training: bool, accumulate: int = 1
@@ -433,15 +433,18 @@ class OnlineHiddenStates(LightningDataModule):
         self,
         batch: DraftBatch,
         layer_ids: tuple[int, ...],
-        last_hidden: bool = False,
+        last_hidden: LastHidden = None,
         row_set: str = "train",
     ) -> DraftBatch:
         """Fills `hidden_states` (B, S, L*D) and, if asked, `last_hidden` (B, S, D).
 
+        Where features are kept in memory and soft labels are all that is needed of last_hidden, it
+        fills `soft_labels` in its place.
+
         Args:
             batch: On the target's device.
             layer_ids: Tapped layers.
-            last_hidden: Whether a loss or metric needs the target's distribution.
+            last_hidden: What a loss or metric needs of it.
             row_set: Which row set the sample ids count in.
 
         Raises:
@@ -452,7 +455,9 @@ class OnlineHiddenStates(LightningDataModule):
             keeper: Keeper = RoundedFeatures(getattr(torch, self.cache_dtype), self._filling)
         elif self.keep_in_memory:
             on_device = self.keep_in_memory == "device"
-            keeper = RememberedFeatures(self._kept, on_device, self.target.head)
+            head = None if last_hidden == "states" else self.target.head
+            keeper = RememberedFeatures(self._kept, on_device, head)
         else:
             keeper = NothingKept()
-        return fill_batch(batch, self.target, layer_ids, last_hidden, row_set, keeper, self._check)
+        last = last_hidden is not None
+        return fill_batch(batch, self.target, layer_ids, last, row_set, keeper, self._check)

@@ -19,7 +19,7 @@ DocumentFeatures = tuple[Tensor, Tensor | None]
 """hidden_states (S, L*D) and last_hidden (S, D), or packed soft labels in its place, or None."""
 
 KeptFeatures = dict[Hashable, DocumentFeatures]
-"""(row set, layer ids, sample id, with soft labels) -> hidden_states (S, L*D), soft labels."""
+"""(row set, layer ids, sample id, what of last_hidden) -> what is kept; see `LastHidden`."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from torch import Tensor
 
 INVALID_ANCHOR = -1
 PADDING_DOCUMENT = -1
+
+LastHidden = Literal["soft_labels", "states"] | None
+"""What a loss needs of the states that the target's head reads: nothing, what `SoftLabels` take of
+them, or the states themselves."""
 
 
 class Span(NamedTuple):
@@ -47,7 +51,8 @@ class DraftBatch:
         window_counts: (N,) int64, the same summed over the accumulation window (this rank only).
         hidden_states: (B, S, L*D) tapped layers side by side, or None before they are added.
         last_hidden: (B, S, D) what the head reads (after the final norm), if a loss asks for it.
-        soft_labels: (B, S, D + 1 or D + 2) packed `SoftLabels` in its place, where they are kept.
+        soft_labels: (B, S, D + 1 or D + 2) packed `SoftLabels` in its place, where they are kept
+            and no loss asks for more.
     """
 
     input_ids: Tensor

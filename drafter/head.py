@@ -26,10 +26,14 @@ from losses.scores import BlockScores
 
 if TYPE_CHECKING:
     from drafter.soft_labels import SoftLabels
+    from drafter.whole_scores import TargetStates
 
 CHUNK_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 23}
 """Most logits held at once, by device: 2^26 fp32 values are 256 MiB, and `logit_buffers` of
 `drafter.memory` such buffers live together. A CPU is faster with chunks near its caches' size."""
+
+WHOLE_SHARE = 4
+"""By this much chunks are smaller where seven buffers live together (`drafter.whole_scores`)."""
 
 
 class SlotScores(NamedTuple):
@@ -39,8 +43,9 @@ class SlotScores(NamedTuple):
     """(T,) fp32 (fp64 for an fp64 head), log q(label)."""
     correct: Tensor
     """(T,) bool, whether the argmax (lowest id on ties) is the label."""
-    kl: Tensor | None = None
-    """(T,) like log_prob, KL(p || q) in nats, if soft labels were given."""
+    further: dict[str, Tensor]
+    """(T,) each, like log_prob: `kl`, KL(p || q) in nats, if soft labels were given; and what
+    `TargetStates` name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +90,15 @@ class FrozenHead:
                 logits_TV = self.softcap * torch.tanh(logits_TV / self.softcap)
         return logits_TV.reshape(*hidden.shape[:-1], self.vocab_size)
 
-    def chunk_rows(self) -> int:
-        """Returns how many slots' logits are held at once on the head's device."""
+    def chunk_rows(self, whole: bool = False) -> int:
+        """Returns how many slots' logits are held at once on the head's device.
+
+        Args:
+            whole: Whether scores are wanted that need both models' distributions: seven buffers
+                live together then, not one or two.
+        """
         elements = CHUNK_ELEMENTS.get(self.weight.device.type, CHUNK_ELEMENTS["cuda"])
-        return max(1, elements // self.vocab_size)
+        return max(1, elements // self.vocab_size // (WHOLE_SHARE if whole else 1))
 
 
 def score_slots(
@@ -98,6 +108,7 @@ def score_slots(
     chunk_rows: int | None = None,
     *,
     soft: SoftLabels | None = None,
+    target: TargetStates | None = None,
     compiled: bool = False,
 ) -> SlotScores:
     """Returns log-probabilities and correctness of labels, differentiable in `hidden_TD` only.
@@ -108,14 +119,15 @@ def score_slots(
         labels_T: (T,) int64 token ids.
         chunk_rows: Slots per chunk; default by `CHUNK_ELEMENTS`.
         soft: The target's distribution at each slot, for its divergence.
+        target: What it is made of, for scores that need all of it.
         compiled: Let torch.compile fuse the work between the matrix products.
     """
-    how = _How(chunk_rows or head.chunk_rows(), _compiled_fold() if compiled else _fold)
+    rows = chunk_rows or head.chunk_rows(whole=target is not None)
+    how = _How(rows, _compiled_fold() if compiled else _fold, soft, target)
     if hidden_TD.requires_grad and torch.is_grad_enabled():
-        log_prob_T, correct_T, kl_T = _ScoreSlots.apply(head, hidden_TD, labels_T, soft, how)
-    else:
-        log_prob_T, correct_T, kl_T, _ = _score(head, hidden_TD, labels_T, soft, how, False)
-    return SlotScores(log_prob_T, correct_T, kl_T)
+        log_prob_T, correct_T, *rest = _ScoreSlots.apply(head, hidden_TD, labels_T, how)
+        return SlotScores(log_prob_T, correct_T, dict(zip(how.further, rest, strict=True)))
+    return _score(head, hidden_TD, labels_T, how, False)[0]
 
 
 _Fold = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
@@ -124,6 +136,14 @@ _Fold = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 class _How(NamedTuple):
     chunk_rows: int
     fold: _Fold
+    soft: SoftLabels | None
+    target: TargetStates | None
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Names of the scores beside log q(label), in the order of their slopes."""
+        kl = () if self.soft is None else ("kl",)
+        return kl if self.target is None else (*kl, *self.target.names)
 
 
 class _ScoreSlots(torch.autograd.Function):
@@ -133,25 +153,21 @@ class _ScoreSlots(torch.autograd.Function):
         head: FrozenHead,
         hidden_TD: Tensor,
         labels_T: Tensor,
-        soft: SoftLabels | None,
         how: _How,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        log_prob_T, correct_T, kl_T, slopes = _score(head, hidden_TD, labels_T, soft, how, True)
+    ) -> tuple[Tensor, ...]:
+        scores, slopes = _score(head, hidden_TD, labels_T, how, True)
         ctx.save_for_backward(*slopes)
-        ctx.mark_non_differentiable(correct_T)
-        return log_prob_T, correct_T, kl_T
+        ctx.mark_non_differentiable(scores.correct)
+        return scores.log_prob, scores.correct, *scores.further.values()
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_log_prob_T: Tensor, _: Tensor, grad_kl_T: Tensor | None
-    ) -> tuple[Any, ...]:
-        slope_TD, *kl_slopes = ctx.saved_tensors
-        grad_TD = grad_log_prob_T.unsqueeze(-1) * slope_TD
-        for kl_slope_TD in kl_slopes:
-            assert grad_kl_T is not None
-            grad_TD = grad_TD + grad_kl_T.unsqueeze(-1) * kl_slope_TD
-        return None, grad_TD.to(slope_TD.dtype), None, None, None
+    def backward(ctx: Any, grad_T: Tensor, _: Tensor, *grads: Tensor) -> tuple[Any, ...]:
+        slope_TD, *slopes = ctx.saved_tensors
+        grad_TD = grad_T.unsqueeze(-1) * slope_TD
+        for further_T, further_TD in zip(grads, slopes, strict=True):
+            grad_TD = grad_TD + further_T.unsqueeze(-1) * further_TD
+        return None, grad_TD.to(slope_TD.dtype), None, None
 
 
 @torch.no_grad()
@@ -159,31 +175,33 @@ def _score(
     head: FrozenHead,
     hidden_TD: Tensor,
     labels_T: Tensor,
-    soft: SoftLabels | None,
     how: _How,
     with_slope: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """Returns log q(label) (T,), correctness (T,), KL(p || q) (T,) or None, and slopes.
+) -> tuple[SlotScores, list[Tensor]]:
+    """Returns the scores and, if asked for, their slopes.
 
-    Slopes, if asked for, are d log q(label) / d hidden (T, D) and, with soft labels,
-    d KL(p || q) / d hidden (T, D).
+    Slopes are d log q(label) / d hidden (T, D), and the same of each further score.
     """
     score_dtype = torch.promote_types(head.weight.dtype, torch.float32)
     log_prob_T = torch.empty(len(labels_T), dtype=score_dtype, device=hidden_TD.device)
     correct_T = torch.empty(len(labels_T), dtype=torch.bool, device=hidden_TD.device)
-    kl_T = None if soft is None else torch.empty_like(log_prob_T)
-    slopes = [torch.empty_like(hidden_TD) for _ in range((soft is not None) + 1) if with_slope]
+    further = {name: torch.empty_like(log_prob_T) for name in how.further}
+    slopes = [torch.empty_like(hidden_TD) for _ in range(len(further) + 1) if with_slope]
     for start in range(0, len(labels_T), how.chunk_rows):
         part = slice(start, start + how.chunk_rows)
-        chunk = _score_chunk(head, hidden_TD[part], labels_T[part].unsqueeze(-1), how, with_slope)
+        hidden_CD, labels_C1 = hidden_TD[part], labels_T[part].unsqueeze(-1)
+        target = None if how.target is None else how.target.at(part)
+        chunk = _score_chunk(head, hidden_CD, labels_C1, how.fold, target, with_slope)
         log_prob_T[part], correct_T[part] = chunk.log_prob, chunk.correct
-        own = None if soft is None else soft.at(part)
-        if kl_T is not None and own is not None:
-            mean_C = mean_logit(head, hidden_TD[part], own.rows, own.bias)
-            kl_T[part] = chunk.log_total - mean_C - own.entropy
-        for place, slope_CD in enumerate(chunk.slopes(head, own)):
-            slopes[place][part] = slope_CD
-    return log_prob_T, correct_T, kl_T, slopes
+        soft = None if how.soft is None else how.soft.at(part)
+        if soft is not None:
+            mean_C = mean_logit(head, hidden_CD, soft.rows, soft.bias)
+            further["kl"][part] = chunk.log_total - mean_C - soft.entropy
+        for name, (score_C, _) in chunk.whole.items():
+            further[name][part] = score_C
+        for slope_TD, slope_CD in zip(slopes, chunk.slopes(head, soft), strict=True):
+            slope_TD[part] = slope_CD
+    return SlotScores(log_prob_T, correct_T, further), slopes
 
 
 def mean_logit(
@@ -208,23 +226,33 @@ class _Chunk(NamedTuple):
     """(C, D), cap'_y W_y, and ..."""
     mean_rows: Tensor | None
     """(C, D), sum_v q_v cap'_v W_v, if slopes are wanted."""
+    whole: dict[str, tuple[Tensor, Tensor | None]]
+    """See `TargetStates.scores`."""
 
     def slopes(self, head: FrozenHead, soft: SoftLabels | None) -> list[Tensor]:
-        """Returns d log q(y) / d hidden (C, D) and, with soft labels, d KL(p || q) / d hidden."""
+        """Returns the slopes (C, D) of log q(y), of KL(p || q) with soft labels, and of `whole`."""
         if self.mean_rows is None or self.label_rows is None:
             return []
         slopes = [(self.label_rows - self.mean_rows) * head.scale]
         if soft is not None:
             slopes.append((self.mean_rows - soft.rows) * head.scale)
-        return slopes
+        return [*slopes, *(slope_CD for _, slope_CD in self.whole.values() if slope_CD is not None)]
 
 
 def _score_chunk(
-    head: FrozenHead, hidden_CD: Tensor, labels_C1: Tensor, how: _How, with_slope: bool
+    head: FrozenHead,
+    hidden_CD: Tensor,
+    labels_C1: Tensor,
+    fold: _Fold,
+    target: TargetStates | None,
+    with_slope: bool,
 ) -> _Chunk:
     logits_CV = head.logits(hidden_CD)
     label_logit_C1 = logits_CV.gather(-1, labels_C1)
-    top_C1, top_id_C1, total_C1, weights_CV = how.fold(
+    whole: dict[str, tuple[Tensor, Tensor | None]] = {}
+    if target is not None:  # before the logits are folded up
+        whole = target.scores(head, logits_CV, with_slope)
+    top_C1, top_id_C1, total_C1, weights_CV = fold(
         logits_CV, head.softcap, head.weight.dtype if with_slope else None
     )
     log_C1 = total_C1.log()
@@ -232,7 +260,7 @@ def _score_chunk(
     if weights_CV is not None:
         label_rows_CD = head.weight[labels_C1.squeeze(-1)].to(total_C1.dtype)
         if head.softcap is not None:
-            label_rows_CD = label_rows_CD * _cap_slope(label_logit_C1, head.softcap)
+            label_rows_CD = label_rows_CD * cap_slope(label_logit_C1, head.softcap)
         mean_rows_CD = weighted_rows(head, weights_CV) / total_C1
     return _Chunk(
         (label_logit_C1 - top_C1 - log_C1).squeeze(-1),
@@ -240,6 +268,7 @@ def _score_chunk(
         (top_C1 + log_C1).squeeze(-1),
         label_rows_CD,
         mean_rows_CD,
+        whole,
     )
 
 
@@ -261,7 +290,7 @@ def _fold(
     top_C1, top_id_C1 = logits_CV.max(dim=-1, keepdim=True)
     cap_slope_CV = None
     if dtype is not None and softcap is not None:
-        cap_slope_CV = _cap_slope(logits_CV, softcap)
+        cap_slope_CV = cap_slope(logits_CV, softcap)
     exp_CV = logits_CV.sub_(top_C1).exp_() if in_place else (logits_CV - top_C1).exp()
     total_C1 = exp_CV.sum(dim=-1, keepdim=True)
     if dtype is None:
@@ -277,7 +306,7 @@ def _compiled_fold() -> _Fold:
     return torch.compile(functools.partial(_fold, in_place=False))
 
 
-def _cap_slope(logits: Tensor, softcap: float) -> Tensor:
+def cap_slope(logits: Tensor, softcap: float) -> Tensor:
     """Returns the derivative of soft-capping, of capped logits."""
     return 1 - (logits / softcap).square()
 
@@ -304,6 +333,7 @@ def score_blocks(
     num_slots: int | None = None,
     *,
     soft: SoftLabels | None = None,
+    target: TargetStates | None = None,
     fixed_shape: bool = False,
     compiled: bool = False,
 ) -> BlockScores:
@@ -315,6 +345,7 @@ def score_blocks(
         blocks: Of the same B rows and A anchors.
         num_slots: Valid slots, if known on the host: counting them on a GPU would wait for it.
         soft: Of the B * S positions; a label's are those of the position before it.
+        target: Likewise.
         fixed_shape: Let the head see invalid slots too, for the same scores: no shape on the way
             then depends on which slots are valid, as CUDA graphs need it.
         compiled: See `score_slots`.
@@ -323,26 +354,40 @@ def score_blocks(
     flat_valid = valid_MN.flatten()
     drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
     labels_S = blocks.labels.flatten()
-    place_S = None if soft is None else _before_labels(blocks, len(soft.entropy))
+    place_S = None
+    if soft is not None:
+        place_S = _before_labels(blocks, len(soft.entropy))
+    elif target is not None:
+        place_S = _before_labels(blocks, len(target.hidden))
     if fixed_shape:
-        soft_S = None if soft is None or place_S is None else soft.at(place_S)
-        scores = score_slots(head, drafted_SD, labels_S, soft=soft_S, compiled=compiled)
-        kl_S = None if scores.kl is None else torch.where(flat_valid, scores.kl, 0.0)
+        if place_S is not None:
+            soft, target = soft and soft.at(place_S), target and target.at(place_S)
+        scores = score_slots(
+            head, drafted_SD, labels_S, soft=soft, target=target, compiled=compiled
+        )
+
+        def masked(score_S: Tensor) -> Tensor:
+            return torch.where(flat_valid, score_S, 0.0).view_as(valid_MN)
+
         return BlockScores(
-            log_prob=torch.where(flat_valid, scores.log_prob, 0.0).view_as(valid_MN),
+            log_prob=masked(scores.log_prob),
             correct=(scores.correct & flat_valid).view_as(valid_MN),
             valid=valid_MN,
-            kl=None if kl_S is None else kl_S.view_as(valid_MN),
+            **{name: masked(score_S) for name, score_S in scores.further.items()},
         )
     if num_slots is None:
         index_T = flat_valid.nonzero().squeeze(-1)
     else:
         index_T = torch.nonzero_static(flat_valid, size=num_slots).squeeze(-1)
+    if place_S is not None:
+        place_T = place_S[index_T]
+        soft, target = soft and soft.at(place_T), target and target.at(place_T)
     scores = score_slots(
         head,
         drafted_SD.index_select(0, index_T),  # not by indexing: its backward would sort the index
         labels_S[index_T],
-        soft=None if soft is None or place_S is None else soft.at(place_S[index_T]),
+        soft=soft,
+        target=target,
         compiled=compiled,
     )
 
@@ -354,7 +399,7 @@ def score_blocks(
         log_prob=spread(scores.log_prob),
         correct=spread(scores.correct),
         valid=valid_MN,
-        kl=None if scores.kl is None else spread(scores.kl),
+        **{name: spread(score_T) for name, score_T in scores.further.items()},
     )
 
 

@@ -47,7 +47,8 @@ class StepSizes:
             normalised input too; under autocast CUDA's returns fp32, the CPU's its input's dtype.
         logit_buffers: Chunks of fp32 logits that live together, see `logit_buffers`.
         gradient_copies: 1; 2 under DDP without `gradient_as_bucket_view`.
-        soft_labels: Whether a loss reads the target's distribution.
+        soft_labels: Whether a loss reads KL to the target's distribution.
+        whole_scores: How many scores a loss reads that need all of that distribution.
         optimizer: AdamW or Muon. What Muon's step needs for itself, a gigabyte and a half at most
             unless one matrix is larger than 2^26 values, is seldom the peak and not counted.
     """
@@ -64,6 +65,7 @@ class StepSizes:
     logit_buffers: float = 1.5
     gradient_copies: int = 1
     soft_labels: bool = False
+    whole_scores: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
 
 
@@ -176,8 +178,15 @@ def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:
     return int(sizes.rows * row)
 
 
-def logit_buffers(head: FrozenHead) -> float:
-    """Returns how many chunks of fp32 logits live together while a head scores one."""
+def logit_buffers(head: FrozenHead, whole: bool = False) -> float:
+    """Returns how many chunks of fp32 logits live together while a head scores one.
+
+    Args:
+        head: The target's.
+        whole: Whether scores of whole distributions are among them.
+    """
+    if whole:
+        return 7.0
     if head.softcap is not None:
         return 3.0
     if head.bias is not None or head.scale != 1.0:
@@ -189,11 +198,12 @@ def logit_buffers(head: FrozenHead) -> float:
 def saved_scoring(config: DrafterConfig, sizes: StepSizes) -> int:
     """Returns the bytes that `score_blocks` keeps: a slope, an index and log q per slot.
 
-    With soft labels a second slope, KL(p || q) and the slot's position come to that.
+    With soft labels a second slope, KL(p || q) and the slot's position come to that; with scores
+    of whole distributions one more of each.
     """
     scored = sizes.rows * sizes.anchors * config.num_drafted
     a_slot = FP32 * config.hidden_size + 8 + FP32
-    return int(scored * a_slot * (1 + sizes.soft_labels))
+    return int(scored * a_slot * (1 + sizes.soft_labels + sizes.whole_scores))
 
 
 def _scoring_peak(config: DrafterConfig, sizes: StepSizes) -> int:
@@ -203,6 +213,8 @@ def _scoring_peak(config: DrafterConfig, sizes: StepSizes) -> int:
     states = FP32 * hidden * (sizes.rows * sizes.anchors * config.block_size + 2 * scored)
     if sizes.soft_labels:  # a mean row and an entropy for each position, and again for each slot
         states += FP32 * (hidden + 1) * (sizes.rows * sizes.tokens + scored)
+    if sizes.whole_scores:  # the target's state at each slot, in the head's dtype
+        states += sizes.feature_bytes * hidden * scored
     logits = min(scored, sizes.chunk_rows) * sizes.vocab_size
     chunk = FP32 * sizes.logit_buffers * logits
     # the context's keys and values, as encoded, live until the last layer is done

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from drafter.attention import AttentionKind, build_visibility
-from drafter.blocks import DraftBatch, build_blocks
+from drafter.blocks import DraftBatch, LastHidden, build_blocks
 from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
 from drafter.evaluation.loading import check_fits, load_drafter
@@ -42,6 +42,7 @@ from drafter.sharding import full, is_sharded, shard, whole
 from drafter.soft_labels import SoftLabels, check_linear, soft_labels
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
+from drafter.whole_scores import TargetStates
 from losses.combined import CombinedLoss, LossOutput
 from losses.scores import BlockScores
 
@@ -184,7 +185,7 @@ class DrafterModule(LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.attach(datamodule.target)
         assert self.drafter is not None
-        if stage != "predict" and self.loss.needs_target:
+        if stage != "predict" and "kl" in self.loss.reads:
             check_linear(self.target.head)
         ours = self.drafter.config.block_size
         counted = getattr(datamodule, "block_size", ours)
@@ -360,10 +361,13 @@ class DrafterModule(LightningModule):
         assert self._target is not None, "attach() has not run"
         return self._target
 
-    def feature_request(self) -> tuple[tuple[int, ...], bool]:
-        """Returns (tapped layer ids, whether last_hidden is needed) for the datamodule."""
+    def feature_request(self) -> tuple[tuple[int, ...], LastHidden]:
+        """Returns (tapped layer ids, what is needed of last_hidden) for the datamodule."""
         assert self.drafter is not None
-        return self.drafter.config.target_layer_ids, self.loss.needs_target
+        last: LastHidden = "soft_labels" if self.loss.needs_target else None
+        if self.loss.reads_whole:
+            last = "states"
+        return self.drafter.config.target_layer_ids, last
 
     # ------------------------------------------------------------------ steps
 
@@ -398,19 +402,28 @@ class DrafterModule(LightningModule):
             blocks,
             batch.num_slots,
             soft=self._soft_labels(batch),
+            target=self._target_states(batch),
             fixed_shape=fixed_shape,
             compiled=self.hparams.compile_drafter,
         )
 
     def _soft_labels(self, batch: DraftBatch) -> SoftLabels | None:
         """Returns the target's distributions at all B * S positions, if a loss asks for them."""
-        if not self.loss.needs_target:
+        if "kl" not in self.loss.reads:
             return None
         head = self.target.head
         if batch.soft_labels is not None:
             return SoftLabels.unpacked(batch.soft_labels.flatten(0, 1), head)
         assert batch.last_hidden is not None
         return soft_labels(head, batch.last_hidden.flatten(0, 1))
+
+    def _target_states(self, batch: DraftBatch) -> TargetStates | None:
+        """Returns what those distributions are made of, if a loss asks for all of them."""
+        if not self.loss.reads_whole:
+            return None
+        assert batch.last_hidden is not None
+        states_PD = batch.last_hidden.flatten(0, 1)
+        return TargetStates(states_PD, self.loss.temperature, self.loss.reads_whole)
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""

@@ -11,8 +11,10 @@ from losses.combined import CombinedLoss, LossOutput, WeightedTerm
 from losses.dpace import DPace
 from losses.first_error import FirstErrorFocal
 from losses.forward_kl import ForwardKL
+from losses.overlap import Overlap
 from losses.positional import PositionalCrossEntropy
 from losses.ratio import Ratio, Term
+from losses.reverse_kl import ReverseKL
 from losses.schedule import Schedule
 from losses.scores import BlockScores
 
@@ -25,8 +27,10 @@ __all__ = [
     "FirstErrorFocal",
     "ForwardKL",
     "LossOutput",
+    "Overlap",
     "PositionalCrossEntropy",
     "Ratio",
+    "ReverseKL",
     "Schedule",
     "Term",
     "WeightedTerm",

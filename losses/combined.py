@@ -20,7 +20,7 @@ from losses.forward_kl import ForwardKL
 from losses.positional import PositionalCrossEntropy
 from losses.ratio import Ratio, Term
 from losses.schedule import Schedule
-from losses.scores import BlockScores
+from losses.scores import TARGET_SCORES, BlockScores
 
 CROSS_ENTROPY = "cross_entropy"
 CROSS_ENTROPY_UNIFORM = "cross_entropy_uniform"
@@ -140,7 +140,13 @@ class CombinedLoss:
         extras = [term.weight for term in (self.extra or {}).values()]
         if not any((*(getattr(self, name) for name in ALPHAS), *extras)):
             raise ValueError("Every weight of the loss is 0; give at least one term a weight.")
-        _ = self.terms  # every term checks its own settings
+        # every term checks its own settings
+        found = {term.temperature for term in self.terms.values() if term.reads}
+        if len(found) > 1:
+            raise ValueError(
+                "The loss's terms read the target's distribution at different temperatures "
+                f"({', '.join(map(str, sorted(found)))}; KL(p || q) is at 1); give them one."
+            )
 
     @cached_property
     def terms(self) -> dict[str, Term]:
@@ -167,9 +173,25 @@ class CombinedLoss:
         return cls(**saved) if weighted else cls(**{**saved, "alpha_cross_entropy": 1.0})
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Which of `TARGET_SCORES` the terms read, in their order."""
+        read = frozenset().union(*(term.reads for term in self.terms.values()))
+        return tuple(name for name in TARGET_SCORES if name in read)
+
+    @property
     def needs_target(self) -> bool:
         """Whether a term reads the target's distribution."""
-        return any(term.needs_target for term in self.terms.values())
+        return bool(self.reads)
+
+    @property
+    def reads_whole(self) -> tuple[str, ...]:
+        """Which of them need the whole distribution at every slot, not its mean rows."""
+        return tuple(name for name in self.reads if name != "kl")
+
+    @property
+    def temperature(self) -> float:
+        """Of the distributions that the terms read."""
+        return next((term.temperature for term in self.terms.values() if term.reads), 1.0)
 
     def weights(self, progress: float) -> dict[str, float]:
         """Returns each term's weight in the total, with its sign.

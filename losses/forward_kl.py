@@ -39,6 +39,11 @@ class ForwardKL(PositionalMean):
 
     needs_target: ClassVar[bool] = True
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """KL(p || q) alone."""
+        return frozenset({"kl"})
+
     def cost(self, scores: BlockScores) -> Tensor:
         """Returns KL(p || q) (M, N)."""
-        return scores.valid_kl
+        return scores.of_target("kl")

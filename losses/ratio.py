@@ -48,7 +48,15 @@ class Term(ABC):
     """A loss term over one micro-batch of blocks."""
 
     needs_target: ClassVar[bool] = False
-    """Whether it reads the target's distribution (`BlockScores.kl`), not labels alone."""
+    """Whether it reads the target's distribution, not labels alone: `reads` says what of it."""
+
+    temperature: float = 1.0
+    """Of the distributions of both models that it reads, if it reads any."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Which of `TARGET_SCORES` it reads."""
+        return frozenset()
 
     @abstractmethod
     def __call__(self, scores: BlockScores) -> Ratio:

@@ -16,6 +16,10 @@ _GAP = (
     "drafter.blocks.build_blocks does."
 )
 
+TARGET_SCORES = ("kl", "overlap", "reverse_kl")
+"""Fields of `BlockScores` that need the target's distribution: the first its mean rows of the head
+(`drafter.soft_labels`), the others all of it (`drafter.whole_scores`)."""
+
 
 @dataclass(eq=False)
 class BlockScores:
@@ -28,6 +32,7 @@ class BlockScores:
             slots before it are (method.md, "Anchors, labels, validity").
         overlap: (M, N) like log_prob or None, sum_v min(p_k(v), q_k(v)).
         kl: (M, N) like log_prob or None, KL(p_k || q_k) in nats.
+        reverse_kl: (M, N) like log_prob or None, KL(q_k || p_k) in nats.
         confidence: (M, N) like log_prob or None, max_v q_k(v).
 
     Raises:
@@ -46,6 +51,7 @@ class BlockScores:
     valid: Tensor
     overlap: Tensor | None = None
     kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
     confidence: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +68,7 @@ class BlockScores:
             )
         for name in ("correct", "valid"):
             self._check_like_log_prob(name, getattr(self, name), torch.bool)
-        for name in ("overlap", "kl", "confidence"):
+        for name in (*TARGET_SCORES, "confidence"):
             optional = getattr(self, name)
             if optional is not None:
                 self._check_like_log_prob(name, optional, log_prob.dtype)
@@ -85,19 +91,19 @@ class BlockScores:
         """(M, N), log_prob with 0 at invalid slots, which get exactly no gradient."""
         return torch.where(self.valid, self.log_prob, 0.0)
 
-    @property
-    def valid_kl(self) -> Tensor:
-        """(M, N), kl with 0 at invalid slots, which get exactly no gradient.
+    def of_target(self, name: str) -> Tensor:
+        """Returns one of `TARGET_SCORES` (M, N); invalid slots get exactly no gradient.
 
         Raises:
-            ValueError: There is no kl.
+            ValueError: It is not there.
         """
-        if self.kl is None:
+        score: Tensor | None = getattr(self, name)
+        if score is None:
             raise ValueError(
-                "BlockScores.kl is missing, which a loss on the target's distribution reads; give "
-                "score_blocks the target's soft labels."
+                f"BlockScores.{name} is missing, which a loss on the target's distribution reads; "
+                "give score_blocks the target's soft labels (kl) or states."
             )
-        return torch.where(self.valid, self.kl, 0.0)
+        return torch.where(self.valid, score, 0.0)
 
     @property
     def counts_N(self) -> Tensor:

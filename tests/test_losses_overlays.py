@@ -73,6 +73,10 @@ RIVALS = {
     "dpace-continuation": losses.DPace(part="continuation"),
     "accept-until-fail": losses.AcceptUntilFail(),
     "streak": losses.Chain("none"),
+    "overlap": losses.Overlap(math.inf),
+    "overlap-log": losses.Overlap(math.inf, "log"),
+    "overlap-blend": losses.Overlap(math.inf, "blend"),
+    "reverse-kl": losses.ReverseKL(math.inf),
 }
 
 

@@ -23,7 +23,7 @@ def batches(folder, **changes):
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()
     batch = next(iter(loader))
-    return datamodule, datamodule.add_features(batch, (0, 2), last_hidden=True)
+    return datamodule, datamodule.add_features(batch, (0, 2), last_hidden="soft_labels")
 
 
 @pytest.fixture(scope="module")

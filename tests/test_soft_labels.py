@@ -48,17 +48,20 @@ def test_mean_rows_give_the_dense_divergence_and_its_gradient(variant, chunk_row
     (expected_grad,) = torch.autograd.grad(loss, hidden)
     soft = soft_labels(head, target_hidden, chunk_rows)
     scores = score_slots(head, hidden, labels, chunk_rows, soft=soft)
-    loss = (scores.log_prob * upstream[0] + scores.kl * upstream[1]).sum()
+    loss = (scores.log_prob * upstream[0] + scores.further["kl"] * upstream[1]).sum()
     (grad,) = torch.autograd.grad(loss, hidden)
-    torch.testing.assert_close(scores.kl, expected)
+    torch.testing.assert_close(scores.further["kl"], expected)
     torch.testing.assert_close(grad, expected_grad)
     assert torch.equal(scores.log_prob, alone.log_prob)
     again = score_slots(
         head, hidden, labels, chunk_rows, soft=SoftLabels.unpacked(soft.packed(), head)
     )
-    assert torch.equal(again.kl, scores.kl)
+    assert torch.equal(again.further["kl"], scores.further["kl"])
     with torch.no_grad():
-        assert torch.equal(score_slots(head, hidden, labels, chunk_rows, soft=soft).kl, scores.kl)
+        assert torch.equal(
+            score_slots(head, hidden, labels, chunk_rows, soft=soft).further["kl"],
+            scores.further["kl"],
+        )
 
 
 def test_it_is_zero_exactly_where_the_drafter_agrees():
@@ -67,7 +70,7 @@ def test_it_is_zero_exactly_where_the_drafter_agrees():
     scores = score_slots(
         head, hidden, torch.zeros(20).long(), soft=soft_labels(head, hidden.clone())
     )
-    torch.testing.assert_close(scores.kl, torch.zeros(20, dtype=torch.float64))
+    torch.testing.assert_close(scores.further["kl"], torch.zeros(20, dtype=torch.float64))
 
 
 def test_a_target_that_is_sure_gives_cross_entropy():
@@ -76,7 +79,7 @@ def test_a_target_that_is_sure_gives_cross_entropy():
     sure *= 10_000  # every logit is far from the next
     labels = head.logits(sure).argmax(-1)
     scores = score_slots(head, hidden, labels, soft=soft_labels(head, sure))
-    torch.testing.assert_close(scores.kl, -scores.log_prob)
+    torch.testing.assert_close(scores.further["kl"], -scores.log_prob)
 
 
 def test_low_precision_stays_near():
@@ -84,7 +87,7 @@ def test_low_precision_stays_near():
     low = FrozenHead(low.weight.bfloat16())
     target_hidden, hidden = torch.randn(2, 20, 7)
     labels = torch.zeros(20).long()
-    found = score_slots(low, hidden, labels, soft=soft_labels(low, target_hidden)).kl
+    found = score_slots(low, hidden, labels, soft=soft_labels(low, target_hidden)).further["kl"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, dense_kl(exact, target_hidden, hidden), atol=0.1, rtol=0.02)
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import drafter.graphs as graphs_module
-from drafter.graphs import StepGraphs
+from drafter.graphs import StepGraphs, trained_scores
 from drafter.module import DrafterModule
-from losses import CombinedLoss, ForwardKL, WeightedTerm
+from losses import CombinedLoss, ForwardKL, Overlap, WeightedTerm
 from tests.runs import cli, weights
 
 
@@ -108,11 +108,14 @@ def close(a, b):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("distil", [False, True])
-def test_replays_equal_steps_kernel_by_kernel(run, distil):
+KL = {"kl": WeightedTerm(ForwardKL(), 100.0)}
+BLEND = {"blend": WeightedTerm(Overlap(form="blend"), 100.0)}
+
+
+@pytest.mark.parametrize(("extra", "read"), [(None, ()), (KL, ("kl",)), (BLEND, ("kl", "overlap"))])
+def test_replays_equal_steps_kernel_by_kernel(run, extra, read):
     module = run.model
-    if distil:
-        module.loss = CombinedLoss(extra={"kl": WeightedTerm(ForwardKL(), 100.0)})
+    module.loss = CombinedLoss(extra=extra)
     graphs = recorded(module)
     shapes, replayed = set(), 0
     for batch in batches(run):
@@ -123,9 +126,8 @@ def test_replays_equal_steps_kernel_by_kernel(run, distil):
         assert torch.equal(scores.valid, expected.valid)
         assert torch.equal(scores.correct & scores.valid, expected.correct & expected.valid)
         close([scores.log_prob], [expected.log_prob])
-        assert (scores.kl is not None) == distil
-        if distil:
-            close([scores.kl], [expected.kl])
+        assert trained_scores(scores).keys() == {"log_prob", *read}
+        close(trained_scores(scores).values(), trained_scores(expected).values())
         close(gradients(module, scores), gradients(module, expected))
         with torch.no_grad():  # the optimizer writes where the recorded kernels read
             for parameter in module.parameters():
