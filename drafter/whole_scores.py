@@ -50,18 +50,28 @@ class TargetStates(NamedTuple):
         """
         log_p_CV = _log_probs(head.logits(self.hidden), self.temperature)
         log_q_CV = _log_probs(logits_CV, self.temperature)
-        found: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for name in self.names:
-            score = _overlap if name == OVERLAP else _reverse_kl
-            score_C1, weights_CV = score(log_p_CV, log_q_CV, with_slope)
-            slope_CD = None
-            if weights_CV is not None:
-                if head.softcap is not None:
-                    weights_CV = weights_CV * cap_slope(logits_CV, head.softcap)
-                slope_CD = weighted_rows(head, weights_CV.to(head.weight.dtype))
-                slope_CD = slope_CD * (head.scale / self.temperature)
-            found[name] = (score_C1.squeeze(-1), slope_CD)
-        return found
+        return {
+            name: self._score(name, head, logits_CV, log_p_CV, log_q_CV, with_slope)
+            for name in self.names
+        }
+
+    def _score(
+        self,
+        name: str,
+        head: FrozenHead,
+        logits_CV: Tensor,
+        log_p_CV: Tensor,
+        log_q_CV: Tensor,
+        with_slope: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        score = _overlap if name == OVERLAP else _reverse_kl
+        score_C1, weights_CV = score(log_p_CV, log_q_CV, with_slope)
+        if weights_CV is None:
+            return score_C1.squeeze(-1), None
+        if head.softcap is not None:
+            weights_CV = weights_CV * cap_slope(logits_CV, head.softcap)
+        slope_CD = weighted_rows(head, weights_CV.to(head.weight.dtype))
+        return score_C1.squeeze(-1), slope_CD * (head.scale / self.temperature)
 
 
 def _log_probs(logits_CV: Tensor, temperature: float) -> Tensor:

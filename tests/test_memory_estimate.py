@@ -22,6 +22,7 @@ from drafter import head as head_module
 from drafter.attention import build_visibility
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.config import DrafterConfig
+from drafter.graphs import trained_scores
 from drafter.head import FrozenHead, score_blocks, score_slots
 from drafter.memory import (
     MemoryEstimate,
@@ -35,6 +36,7 @@ from drafter.memory import (
 from drafter.model import Drafter
 from drafter.optimisation import OptimiserSettings, make_optimizer
 from drafter.soft_labels import soft_labels
+from drafter.whole_scores import WHOLE_SCORES, TargetStates
 from tests.runs import cli
 from tests.tiny import tiny_config
 
@@ -52,7 +54,15 @@ class Step:
     """A drafter with a batch in which every slot is valid, and one forward as in training."""
 
     def __init__(
-        self, shape, *, mixed=False, attention="sdpa", device="cpu", target=None, soft=False
+        self,
+        shape,
+        *,
+        mixed=False,
+        attention="sdpa",
+        device="cpu",
+        target=None,
+        soft=False,
+        whole=False,
     ):
         rows, tokens, anchors, block, layers, heads, kv_heads, width, taps, vocab = shape
         torch.manual_seed(0)
@@ -90,13 +100,14 @@ class Step:
             tokens=tokens,
             anchors=anchors,
             vocab_size=vocab,
-            chunk_rows=self.head.chunk_rows(),
+            chunk_rows=self.head.chunk_rows(whole),
             compute_bytes=2 if mixed else 4,
             feature_bytes=dtype.itemsize,
             attention=attention,
             device=device,
-            logit_buffers=logit_buffers(self.head),
+            logit_buffers=logit_buffers(self.head, whole),
             soft_labels=soft,
+            whole_scores=len(WHOLE_SCORES) if whole else 0,
         )
         self.last_hidden = torch.randn(rows, tokens, width, dtype=dtype)
 
@@ -113,9 +124,11 @@ class Step:
             soft = None
             if self.sizes.soft_labels:
                 soft = soft_labels(self.head, self.last_hidden.flatten(0, 1))
-            scores = score_blocks(self.head, hidden, blocks, soft=soft)
-        loss = scores.log_prob.sum()
-        return loss if scores.kl is None else loss + scores.kl.sum(), mask
+            target = None
+            if self.sizes.whole_scores:
+                target = TargetStates(self.last_hidden.flatten(0, 1), 1.0, WHOLE_SCORES)
+            scores = score_blocks(self.head, hidden, blocks, soft=soft, target=target)
+        return torch.stack([s.sum() for s in trained_scores(scores).values()]).sum(), mask
 
     def kept(self):
         """Returns bytes of distinct storages that a forward keeps: (weight copies, the rest)."""
@@ -234,8 +247,9 @@ def test_what_a_forward_keeps_with_cuda_kernels(cuda_kernels, shape, mixed, atte
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16-mixed"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_what_a_forward_keeps_with_soft_labels(shape, mixed):
-    assert ratio_kept(Step(shape, mixed=mixed, soft=True)) == pytest.approx(1, abs=0.01)
+@pytest.mark.parametrize("scores", [{"soft": True}, {"whole": True}, {"soft": True, "whole": True}])
+def test_what_a_forward_keeps_with_the_targets_distribution(shape, mixed, scores):
+    assert ratio_kept(Step(shape, mixed=mixed, **scores)) == pytest.approx(1, abs=0.01)
 
 
 def test_features_in_bf16_are_copied_for_an_fp32_drafter():
@@ -275,10 +289,10 @@ def test_weights_gradients_and_optimizer_are_exact(bias):
 
 @pytest.mark.parametrize("chunk", [1 << 23, 3000], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("soft", [False, True])
-def test_the_total_is_the_peak_of_a_step(monkeypatch, shape, chunk, soft):
+@pytest.mark.parametrize("scores", [{}, {"soft": True}, {"soft": True, "whole": True}])
+def test_the_total_is_the_peak_of_a_step(monkeypatch, shape, chunk, scores):
     monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", chunk)
-    step = Step(shape, soft=soft)
+    step = Step(shape, **scores)
     optimizer = torch.optim.AdamW(step.drafter.parameters())
     with Live() as live:
         for _ in range(2):  # the second has the first one's gradients and moments
@@ -295,7 +309,8 @@ def test_the_total_is_the_peak_of_a_step(monkeypatch, shape, chunk, soft):
 @pytest.mark.parametrize(
     "head", [{}, {"bias": True}, {"scale": 0.5}, {"softcap": 30.0}], ids=lambda head: str(*head)
 )
-def test_how_many_chunks_of_logits_live_together(monkeypatch, head, dtype):
+@pytest.mark.parametrize("names", [None, ("overlap",), WHOLE_SCORES])
+def test_how_many_chunks_of_logits_live_together(monkeypatch, head, dtype, names):
     def matmul(left, right):  # as on CUDA: the product comes in fp32, without a copy in between
         out = torch.empty(len(left), right.shape[1])
         with _disable_current_modes():
@@ -307,9 +322,14 @@ def test_how_many_chunks_of_logits_live_together(monkeypatch, head, dtype):
     rest = {name: value for name, value in head.items() if name != "bias"}
     frozen = FrozenHead(torch.randn(vocab, width, dtype=dtype), bias=bias, **rest)
     hidden = torch.randn(4 * chunk, width, requires_grad=True)
+    states = torch.randn(4 * chunk, width, dtype=dtype)
+    target = None if names is None else TargetStates(states, 0.5, names)
     with Live() as live:
-        score_slots(frozen, hidden, torch.zeros(len(hidden), dtype=torch.long), chunk)
-    assert live.peak / (4 * chunk * vocab) == pytest.approx(logit_buffers(frozen), abs=0.1)
+        score_slots(
+            frozen, hidden, torch.zeros(len(hidden), dtype=torch.long), chunk, target=target
+        )
+    expected = logit_buffers(frozen, whole=names is not None)
+    assert live.peak / (4 * chunk * vocab) == pytest.approx(expected, abs=0.1)
 
 
 def test_the_parts_in_words():
