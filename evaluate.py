@@ -30,7 +30,7 @@ from drafter.evaluation.measure import FeatureStore
 from drafter.evaluation.options import check_device, measured_as, parse, settings_from
 from drafter.evaluation.output import show, write_ablation, write_result
 from drafter.evaluation.plan import plan
-from drafter.evaluation.recipes import flat, read_grid, read_yaml
+from drafter.evaluation.recipes import flat, read_grid, read_share, read_yaml
 from drafter.evaluation.report import report, sort_by_fit
 from drafter.evaluation.results import merge, read_result, summarise
 from drafter.evaluation.tables import name_apart
@@ -138,8 +138,15 @@ def run_ablation(options: argparse.Namespace) -> None:
     if options.dry_run:
         print("\n".join(ablation.pending(grids, options.seeds)))
         return
+    share = read_share(options.share)
     with shared_between_runs():
-        ablation.run(grids, options.seeds)
+        left_out = ablation.run(grids, options.seeds, share, options.budget)
+    if share[1] > 1 or left_out:
+        print(
+            f"{left_out} rows of this share are left; tables are made by the same command without "
+            "--share and --budget, once all rows are there."
+        )
+        return
     write_ablation(ablation.results(grids, options.seeds), Path(options.output))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
 import pytest
 import yaml
 
+import drafter.evaluation.ablation as ablation_module
 import evaluate
 from drafter.errors import UserError
 from drafter.evaluation.ablation import OLDER
@@ -107,6 +109,41 @@ def test_rows_that_are_there_are_skipped_and_older_recipes_marked(place, capsys)
     assert len(names) == 3
     assert names[2].startswith(f"+ chain{OLDER}")
     assert not any(OLDER in row["a"] + row["b"] for row in result["comparisons"])
+
+
+def test_processes_share_rows_and_tables_come_last(place, capsys):
+    for which in ("1/2", "2/2"):
+        run(place, "--share", which)
+        assert not (place / "out" / "ablation.json").exists()
+        printed = capsys.readouterr().out
+        assert printed.count("trains in") == 1
+        assert "0 rows of this share are left; tables are made by the same command" in printed
+    run(place)
+    assert "trains in" not in capsys.readouterr().out
+    (result,) = results(place)
+    assert [d["name"] for d in result["drafters"]] == ["uniform", "+ chain"]
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "2"])
+def test_a_share_that_is_none_is_one_sentence(place, capsys, share):
+    with pytest.raises(SystemExit):
+        run(place, "--share", share)
+    assert "give which of how many" in capsys.readouterr().err
+
+
+def test_no_row_is_begun_that_would_not_end_in_time(place, monkeypatch, capsys):
+    run(place, "--budget", "0")
+    printed = capsys.readouterr().out
+    assert "trains in" not in printed
+    assert printed.count("not begun: 0 s are left") == 2
+    assert "2 rows of this share are left" in printed
+    clock = itertools.count(0, 50)  # every look at it is 50 s later
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation_module.time, "perf_counter", lambda: next(clock))
+        run(place, "--budget", "500")
+    assert capsys.readouterr().out.count("trains in") == 1
+    run(place)
+    assert capsys.readouterr().out.count("is there: ") == 1
 
 
 def test_killed_between_training_and_measuring_it_does_not_train_again(place, monkeypatch, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,16 +53,53 @@ class Ablation:
     record: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
 
-    def run(self, grids: Sequence[Grid], seeds: int) -> None:
-        """Trains and measures what is not there yet; all rows of a seed before the next seed."""
+    def run(
+        self,
+        grids: Sequence[Grid],
+        seeds: int,
+        share: tuple[int, int] = (1, 1),
+        budget: float = math.inf,
+    ) -> int:
+        """Trains and measures what is not there yet; all rows of a seed before the next seed.
+
+        Args:
+            grids: Of recipes; one that several hold is trained once.
+            seeds: 0, 1, ..., seeds - 1.
+            share: (which, of how many): the second of four processes' rows is (2, 4).
+            budget: Seconds; none is begun that would probably not end within.
+
+        Returns:
+            How many of this share were not begun.
+        """
+        begun = time.perf_counter()
+        paces: list[float] = []
+        left_out = 0
+        for grid, row, seed in self._distinct(grids, seeds)[share[0] - 1 :: share[1]]:
+            spent = time.perf_counter() - begun
+            there = self._row_path(grid, row, seed).exists() and not self.fresh
+            if not there and spent + (1.1 * min(paces) if paces else 0.0) > budget:
+                left = max(0.0, budget - spent)
+                print(f"[{grid.name}: {row.name}, seed {seed}] not begun: {left:.0f} s are left")
+                left_out += 1
+                continue
+            self._finish(grid, row, seed)
+            if not there:  # the first one also loads the target and makes the features
+                paces.append(time.perf_counter() - begun - spent)
+        return left_out
+
+    def _distinct(self, grids: Sequence[Grid], seeds: int) -> list[tuple[Grid, Row, int]]:
+        """Returns what `run` goes through, each recipe, seed and way of measuring once."""
+        found: dict[tuple[str, str, int], tuple[Grid, Row, int]] = {}
         for seed in range(seeds):
             for grid in grids:
                 for row in grid.rows:
-                    self._finish(grid, row, seed)
+                    key = (row.family(self.overrides), self._measured(grid), seed)
+                    found.setdefault(key, (grid, row, seed))
+        return list(found.values())
 
     def pending(self, grids: Sequence[Grid], seeds: int) -> list[str]:
         """Returns what `run` would do, a line each."""
-        lines, waiting = [], 0
+        lines = []
         for seed in range(seeds):
             for grid in grids:
                 for row in grid.rows:
@@ -70,8 +108,12 @@ class Ablation:
                     elif self._trained(row, seed):
                         state = "trained, to be measured"
                     else:
-                        state, waiting = "to be trained and measured", waiting + 1
+                        state = "to be trained and measured"
                     lines.append(f"{grid.name}: {row.name}, seed {seed}: {state}")
+        waiting = sum(
+            not (self._row_path(grid, row, seed).exists() or self._trained(row, seed))
+            for grid, row, seed in self._distinct(grids, seeds)
+        )
         known = [
             json.loads(path.read_text())["seconds"]
             for path in (self.folder / "runs").glob("*/finished.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     _add_prompt_options(verb)
     _add_measuring_options(verb)
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    verb.add_argument(
+        "--share",
+        default="1/1",
+        metavar="I/N",
+        help="2/4: the second of four processes' rows, into the same --output",
+    )
+    verb.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds: begin no row that would not end"
+    )
     verb.add_argument("--output", required=True, metavar="DIR", help="rows, runs, table and page")
     verb.epilog = "After `--`: flags of train.py that go to every row."
     own, overrides = args, []
