@@ -7,6 +7,7 @@ python train.py fit --config configs/smollm2.yaml --data.cache cache
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import fields
@@ -89,12 +90,16 @@ def with_run_settings(args: list[str]) -> list[str]:
 
 def reads_the_target(loss: dict[str, Any]) -> bool:
     """Returns whether a loss, as a config has it, reads the target's distribution."""
-    paths = [
-        str((extra.get("term") or {}).get("class_path", ""))
-        for extra in (loss.get("extra") or {}).values()
-    ]
-    terms = [locate(path) for path in paths if path]
-    return any((loss.get("alpha_kl"), *(getattr(term, "needs_target", False) for term in terms)))
+    extras = [extra.get("term") or {} for extra in (loss.get("extra") or {}).values()]
+    return bool(loss.get("alpha_kl")) or any(map(_term_reads_it, extras))
+
+
+def _term_reads_it(term: dict[str, Any]) -> bool:
+    kind: Any = locate(str(term.get("class_path", "")))
+    # what can't be made is refused where the run is configured, in a sentence of its own
+    with contextlib.suppress(TypeError, ValueError):
+        return bool(kind(**(term.get("init_args") or {})).reads)
+    return False
 
 
 def run_build(options: Namespace) -> None:

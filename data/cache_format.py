@@ -315,7 +315,8 @@ class CachedRows(Sequence[TokenRow]):
         if shard.last is None:
             raise UserError(
                 f"{self._folder} was built without last_hidden, which a loss of this run reads: "
-                "build it with --last_hidden true, or leave out model.loss.alpha_kl."
+                "build it with --last_hidden true, or leave out the terms that read the target's "
+                "distribution (model.loss.alpha_kl; ForwardKL, ReverseKL or Overlap among extra)."
             )
         span = slice(int(shard.last[row]), int(shard.last[row + 1]))
         states: Tensor = shard.file.get_slice("last_hidden")[span]

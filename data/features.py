@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.sharing import DocumentFeatures, KeptFeatures
+from data.sharing import DocumentFeatures, KeptDocument, KeptFeatures
 from drafter.arriving import Arriving
 from drafter.blocks import PADDING_DOCUMENT, DraftBatch
 from drafter.head import FrozenHead
@@ -157,34 +157,29 @@ class RememberedFeatures:
 
     def features(self, request: Request) -> list[DocumentFeatures]:
         """See `Keeper`."""
-        places = [
+        keys = [
             (request.row_set, request.layer_ids, sample)
             for sample in request.batch.sample_ids.tolist()
         ]
         kind = ("soft_labels" if self.softens else "states") if request.last_hidden else None
-        keys: list[Hashable] = [(*place, kind) for place in places]
-        if kind is None:  # what another run has kept for more serves as well
-            keys = [self._richest(place) for place in places]
-        missing = [i for i, key in enumerate(keys) if key not in self._kept]
+        missing = [i for i, key in enumerate(keys) if not self._holds(key, kind)]
         if missing:
             to = request.batch.input_ids.device if self._on_device else "cpu"
             found = request.documents(missing)
             request.check.settle()  # before they are kept
             for i, (states, last) in zip(missing, found, strict=True):
                 # copies: a view would keep the whole padded batch alive
-                self._kept[keys[i]] = (states.to(to, copy=True), self._last(last, to))
-                if request.last_hidden:
-                    self._kept.pop((*places[i], None), None)
-        return [self._kept[key] for key in keys]
+                if keys[i] not in self._kept:
+                    self._kept[keys[i]] = KeptDocument(states.to(to, copy=True), {})
+                if kind is not None and last is not None:
+                    self._kept[keys[i]].last[kind] = self._last(last, to)
+        kept = [self._kept[key] for key in keys]
+        return [(own.states, None if kind is None else own.last[kind]) for own in kept]
 
-    def _richest(self, place: tuple[Hashable, ...]) -> Hashable:
-        """Returns the key under which a row lies with the most, or would lie with nothing more."""
-        kinds = (key for kind in ("states", "soft_labels") if (key := (*place, kind)) in self._kept)
-        return next(kinds, (*place, None))
+    def _holds(self, key: Hashable, kind: str | None) -> bool:
+        return key in self._kept and (kind is None or kind in self._kept[key].last)
 
-    def _last(self, last: Tensor | None, to: torch.device | str) -> Tensor | None:
-        if last is None:
-            return None
+    def _last(self, last: Tensor, to: torch.device | str) -> Tensor:
         if self._head is None:
             return last.to(to, copy=True)
         return soft_labels(self._head, last).packed().to(to)

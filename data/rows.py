@@ -25,7 +25,7 @@ REFUSED = "refused by the chat template"
 UNSUPERVISED = "no supervised token"
 CUT_AWAY = "no supervised token within max_length"
 NO_ANCHOR = "fewer than two supervised tokens in a row, so no anchor"
-HELD_OUT = "prompt of a held-out row"
+HELD_OUT_PROMPT = "prompt of a held-out row"
 NAMED_ROWS = 5
 
 
@@ -130,7 +130,7 @@ class RowReport:
         hint = ""
         if UNSUPERVISED in self.left_out:
             hint = "; data/regenerate.py lets the target answer prompts"
-        elif HELD_OUT in self.left_out:
+        elif HELD_OUT_PROMPT in self.left_out:
             hint = "; --data.val_data holds out rows of your own choice instead"
         raise UserError(
             f"{self.source}: none of {self.read:,} rows can be trained on: {reasons}{hint}"
@@ -266,7 +266,7 @@ class RowTokenizer:
             return None
         kept = TokenRow(row.index, ids.astype(np.int32), supervised)
         if self.held_out and kept.prompt in self.held_out:
-            report.leave_out(row, HELD_OUT)
+            report.leave_out(row, HELD_OUT_PROMPT)
             return None
         report.kept += 1
         report.tokens += len(ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +18,19 @@ from drafter.target import Target
 DocumentFeatures = tuple[Tensor, Tensor | None]
 """hidden_states (S, L*D) and last_hidden (S, D), or packed soft labels in its place, or None."""
 
-KeptFeatures = dict[Hashable, DocumentFeatures]
-"""(row set, layer ids, sample id, what of last_hidden) -> what is kept; see `LastHidden`."""
+
+class KeptDocument(NamedTuple):
+    """What is kept of a document's features."""
+
+    states: Tensor
+    """hidden_states (S, L*D)."""
+    last: dict[str, Tensor]
+    """What losses read of last_hidden, by `drafter.blocks.LastHidden`: itself (S, D), or packed
+    soft labels."""
+
+
+KeptFeatures = dict[Hashable, KeptDocument]
+"""(row set, layer ids, sample id) -> what is kept of a row."""
 
 
 @dataclass

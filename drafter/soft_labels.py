@@ -57,9 +57,10 @@ def check_linear(head: FrozenHead) -> None:
     """Raises UserError if a head caps its logits (Gemma 2): they are not linear in the state."""
     if head.softcap is not None:
         raise UserError(
-            "KL to the target's distribution (model.loss.alpha_kl, losses.ForwardKL) does not go "
-            "with a target that caps its logits (final_logit_softcapping); leave it out: "
-            "--model.loss.alpha_kl 0."
+            "KL to the target's distribution (model.loss.alpha_kl, losses.ForwardKL, "
+            "losses.Overlap's blend) does not go with a target that caps its logits "
+            "(final_logit_softcapping); leave it out (--model.loss.alpha_kl 0), or take "
+            "losses.Overlap with form linear or log."
         )
 
 

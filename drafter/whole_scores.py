@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from drafter.head import FrozenHead, cap_slope, weighted_rows
@@ -70,8 +71,11 @@ class TargetStates(NamedTuple):
             return score_C1.squeeze(-1), None
         if head.softcap is not None:
             weights_CV = weights_CV * cap_slope(logits_CV, head.softcap)
-        slope_CD = weighted_rows(head, weights_CV.to(head.weight.dtype))
-        return score_C1.squeeze(-1), slope_CD * (head.scale / self.temperature)
+        # relative to the largest: most weights are below what an fp16 head's dtype can hold
+        largest_C1 = weights_CV.abs().amax(-1, keepdim=True)
+        largest_C1.clamp_(min=torch.finfo(weights_CV.dtype).tiny)
+        slope_CD = weighted_rows(head, weights_CV.div_(largest_C1).to(head.weight.dtype))
+        return score_C1.squeeze(-1), slope_CD * (largest_C1 * (head.scale / self.temperature))
 
 
 def _log_probs(logits_CV: Tensor, temperature: float) -> Tensor:
@@ -80,7 +84,7 @@ def _log_probs(logits_CV: Tensor, temperature: float) -> Tensor:
 
 def _overlap(log_p_CV: Tensor, log_q_CV: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """Returns the overlap (C, 1), and tau times its gradient in the drafter's logits (C, V)."""
-    score_C1 = log_p_CV.minimum(log_q_CV).exp_().sum(-1, keepdim=True)
+    score_C1 = log_p_CV.minimum(log_q_CV).exp_().sum(-1, keepdim=True).clamp_(max=1)  # rounding
     if not with_slope:
         return score_C1, None
     q_CV = log_q_CV.exp()

@@ -6,7 +6,6 @@ Legend: M blocks (flattened), N drafted slots of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,8 +35,6 @@ class ForwardKL(PositionalMean):
         >>> ForwardKL(gamma=float("inf"))(scores).value
         tensor(0.3000)
     """
-
-    needs_target: ClassVar[bool] = True
 
     @property
     def reads(self) -> frozenset[str]:

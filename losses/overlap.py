@@ -6,7 +6,7 @@ Legend: M blocks (flattened), N drafted slots of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Overlap(PositionalMean):
     accepts slot k (method.md, "Exact verification"). The cost is 1 - a (`linear`), -log a (`log`),
     or l KL(p || q) + (1 - l)(1 - a) with l = exp(-decay a) held fixed (`blend`): KL where the two
     hardly meet, since 1 - a has next to no gradient there. At a point mass p = 1[y] the overlap is
-    q(y), and `log` is cross-entropy.
+    q(y), and `log` is cross-entropy. Where a underflows, as it may at temperatures far below 1,
+    `log` has no gradient.
     Source: arXiv 2602.23881; method.md, "Rival objectives".
 
     Args:
@@ -47,8 +48,6 @@ class Overlap(PositionalMean):
     form: Form = "linear"
     temperature: float = 1.0
     decay: float = 3.0
-
-    needs_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,15 +46,12 @@ class Ratio:
 class Term(ABC):
     """A loss term over one micro-batch of blocks."""
 
-    needs_target: ClassVar[bool] = False
-    """Whether it reads the target's distribution, not labels alone: `reads` says what of it."""
-
     temperature: float = 1.0
     """Of the distributions of both models that it reads, if it reads any."""
 
     @property
     def reads(self) -> frozenset[str]:
-        """Which of `TARGET_SCORES` it reads."""
+        """Which of `TARGET_SCORES` it reads; none if labels are enough."""
         return frozenset()
 
     @abstractmethod

@@ -6,7 +6,6 @@ Legend: M blocks (flattened), N drafted slots of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -39,8 +38,6 @@ class ReverseKL(PositionalMean):
     """
 
     temperature: float = 1.0
-
-    needs_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

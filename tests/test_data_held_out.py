@@ -7,7 +7,7 @@ import re
 import pytest
 
 from data.online import OnlineHiddenStates
-from data.rows import HELD_OUT
+from data.rows import HELD_OUT_PROMPT
 from drafter.errors import UserError
 from tests.data_files import load, pair, write_rows
 from tests.runs import config
@@ -19,7 +19,7 @@ def another(i):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two answers to each of five prompts, a file each; and an answer without a prompt."""
+    """Two answers to each of five prompts, a file each."""
     first = [{"prompt_ids": [5, 6, i], "response_ids": [7, 8, 9]} for i in range(5)]
     second = [{"prompt_ids": [5, 6, i], "response_ids": [9, 8, 7, i]} for i in range(5)]
     return [
@@ -40,7 +40,7 @@ def test_a_second_answer_to_a_held_out_prompt_is_left_out(tmp_path, files):
     assert [row.sample_id for row in made.val_row_set] == [0, 1]
     assert [row.sample_id for row in made.train_rows] == [2, 3, 4, 7, 8, 9]
     report = made.train_rows.report
-    assert report.left_out[HELD_OUT].count == 2
+    assert report.left_out[HELD_OUT_PROMPT].count == 2
     assert re.search(r"prompt of a held-out row: 2 \(.*second.jsonl.gz, line 1; ", str(report))
     held = {row.prompt for row in made.val_row_set}
     assert not held & {row.prompt for row in made.train_rows}

@@ -146,6 +146,25 @@ def test_no_row_is_begun_that_would_not_end_in_time(place, monkeypatch, capsys):
     assert capsys.readouterr().out.count("is there: ") == 1
 
 
+def test_a_row_that_was_only_measured_says_nothing_of_how_long_training_takes(
+    place, monkeypatch, capsys
+):
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "report", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(place)
+    capsys.readouterr()
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation_module, "min", lambda paces: seen.append(list(paces)) or 0.0, False)
+        run(place, "--budget", "1000", seeds=2)
+    assert capsys.readouterr().out.count("trains in") == 3
+    assert [len(paces) for paces in seen] == [1, 2]
+
+
 def test_killed_between_training_and_measuring_it_does_not_train_again(place, monkeypatch, capsys):
     def dies(*args, **kwargs):
         raise KeyboardInterrupt

@@ -210,13 +210,17 @@ def test_a_target_that_caps_its_logits_is_refused_before_the_first_step(tmp_path
 
 def test_runs_that_share_features_keep_one_copy_of_a_row(tmp_path):
     with sharing.shared_between_runs():
-        for name, alpha in (("plain", 0.0), ("soft", 1.0), ("again", 0.0)):
-            changes = {"model__loss": {"alpha_kl": alpha}, "data__keep_in_memory": True}
-            cli(tmp_path, run_dir=str(tmp_path / name), trainer__max_steps=5, **changes)
-        (kept,) = sharing._shared.features.values()
-        rows = [(key[0], key[2]) for key in kept]
-        assert len(rows) == len(set(rows)) == 12
-        assert all(soft is not None for _, soft in kept.values())
+        whole = {"extra": {"r": {"term": {"class_path": "losses.ReverseKL"}}}}
+        runs = [{"alpha_kl": 0.0}, {"alpha_kl": 1.0}, whole, {"alpha_kl": 0.0}, {"alpha_kl": 1.0}]
+        known = []
+        for i, loss in enumerate(runs):
+            changes = {"model__loss": loss, "data__keep_in_memory": True}
+            cli(tmp_path, run_dir=str(tmp_path / str(i)), trainer__max_steps=5, **changes)
+            (kept,) = sharing._shared.features.values()
+            assert len({(key[0], key[2]) for key in kept}) == len(kept) == 12
+            known.append({id(own.states) for own in kept.values()})
+        assert all(one == known[0] for one in known)  # not made again, and not twice
+        assert all(own.last.keys() == {"soft_labels", "states"} for own in kept.values())
 
 
 @pytest.mark.parametrize(
@@ -225,6 +229,15 @@ def test_runs_that_share_features_keep_one_copy_of_a_row(tmp_path):
         ({"alpha_kl": 0.5}, True),
         ({"extra": {"kl": {"term": {"class_path": "losses.ForwardKL"}}}}, True),
         ({"extra": {"d": {"term": {"class_path": "losses.DPace"}}}, "alpha_kl": 0.0}, False),
+        ({"extra": {"o": {"term": {"class_path": "losses.Overlap"}}}}, True),
+        (
+            {
+                "extra": {
+                    "o": {"term": {"class_path": "losses.Overlap", "init_args": {"form": "x"}}}
+                }
+            },
+            False,
+        ),
         (None, False),
     ],
 )

@@ -77,13 +77,14 @@ class Ablation:
         for grid, row, seed in self._distinct(grids, seeds)[share[0] - 1 :: share[1]]:
             spent = time.perf_counter() - begun
             there = self._row_path(grid, row, seed).exists() and not self.fresh
-            if not there and spent + (1.1 * min(paces) if paces else 0.0) > budget:
+            trained = self._trained(row, seed)
+            if not there and not trained and spent + (1.1 * min(paces) if paces else 0.0) > budget:
                 left = max(0.0, budget - spent)
                 print(f"[{grid.name}: {row.name}, seed {seed}] not begun: {left:.0f} s are left")
                 left_out += 1
                 continue
             self._finish(grid, row, seed)
-            if not there:  # the first one also loads the target and makes the features
+            if not trained:  # the first one also loads the target and makes the features
                 paces.append(time.perf_counter() - begun - spent)
         return left_out
 
