@@ -19,11 +19,6 @@ from torch import Tensor
 
 from drafter.head import FrozenHead, cap_slope, weighted_rows
 
-OVERLAP = "overlap"
-REVERSE_KL = "reverse_kl"
-WHOLE_SCORES = (OVERLAP, REVERSE_KL)
-"""Fields of `BlockScores` that this module gives."""
-
 
 class TargetStates(NamedTuple):
     """The target's distribution of the next token as its head makes it, and what to make of it."""
@@ -33,7 +28,7 @@ class TargetStates(NamedTuple):
     temperature: float
     """tau, above 0: divides both models' logits."""
     names: tuple[str, ...]
-    """Which of `WHOLE_SCORES` are wanted, in their order."""
+    """Which of `losses.scores.WHOLE_SCORES` are wanted."""
 
     def at(self, where: Tensor | slice) -> TargetStates:
         """Returns those at positions (T,), or of a run of positions."""
@@ -65,7 +60,7 @@ class TargetStates(NamedTuple):
         log_q_CV: Tensor,
         with_slope: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        score = _overlap if name == OVERLAP else _reverse_kl
+        score = {"overlap": _overlap, "reverse_kl": _reverse_kl}[name]
         score_C1, weights_CV = score(log_p_CV, log_q_CV, with_slope)
         if weights_CV is None:
             return score_C1.squeeze(-1), None

@@ -20,7 +20,7 @@ from losses.forward_kl import ForwardKL
 from losses.positional import PositionalCrossEntropy
 from losses.ratio import Ratio, Term
 from losses.schedule import Schedule
-from losses.scores import TARGET_SCORES, BlockScores
+from losses.scores import TARGET_SCORES, WHOLE_SCORES, BlockScores
 
 CROSS_ENTROPY = "cross_entropy"
 CROSS_ENTROPY_UNIFORM = "cross_entropy_uniform"
@@ -172,7 +172,7 @@ class CombinedLoss:
         weighted = any(saved.get(name) for name in ALPHAS)
         return cls(**saved) if weighted else cls(**{**saved, "alpha_cross_entropy": 1.0})
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         """Which of `TARGET_SCORES` the terms read, in their order."""
         read = frozenset().union(*(term.reads for term in self.terms.values()))
@@ -186,7 +186,7 @@ class CombinedLoss:
     @property
     def reads_whole(self) -> tuple[str, ...]:
         """Which of them need the whole distribution at every slot, not its mean rows."""
-        return tuple(name for name in self.reads if name != "kl")
+        return tuple(name for name in self.reads if name in WHOLE_SCORES)
 
     @property
     def temperature(self) -> float:

@@ -16,9 +16,11 @@ _GAP = (
     "drafter.blocks.build_blocks does."
 )
 
-TARGET_SCORES = ("kl", "overlap", "reverse_kl")
-"""Fields of `BlockScores` that need the target's distribution: the first its mean rows of the head
-(`drafter.soft_labels`), the others all of it (`drafter.whole_scores`)."""
+WHOLE_SCORES = ("overlap", "reverse_kl")
+"""Fields of `BlockScores` that need all of the target's distribution (`drafter.whole_scores`)."""
+
+TARGET_SCORES = ("kl", *WHOLE_SCORES)
+"""Fields that need something of it: KL its mean rows of the head (`drafter.soft_labels`)."""
 
 
 @dataclass(eq=False)

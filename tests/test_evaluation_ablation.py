@@ -146,9 +146,9 @@ def test_no_row_is_begun_that_would_not_end_in_time(place, monkeypatch, capsys):
     assert capsys.readouterr().out.count("is there: ") == 1
 
 
-def test_a_row_that_was_only_measured_says_nothing_of_how_long_training_takes(
-    place, monkeypatch, capsys
-):
+def killed_before_measuring(place, monkeypatch):
+    """Trains the first row, and no more."""
+
     def dies(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -156,6 +156,12 @@ def test_a_row_that_was_only_measured_says_nothing_of_how_long_training_takes(
         patch.setattr(evaluate, "report", dies)
         with pytest.raises(KeyboardInterrupt):
             run(place)
+
+
+def test_a_row_that_was_only_measured_says_nothing_of_how_long_training_takes(
+    place, monkeypatch, capsys
+):
+    killed_before_measuring(place, monkeypatch)
     capsys.readouterr()
     seen = []
     with monkeypatch.context() as patch:
@@ -166,13 +172,7 @@ def test_a_row_that_was_only_measured_says_nothing_of_how_long_training_takes(
 
 
 def test_killed_between_training_and_measuring_it_does_not_train_again(place, monkeypatch, capsys):
-    def dies(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "report", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run(place)
+    killed_before_measuring(place, monkeypatch)
     assert "trains in" in capsys.readouterr().out
     run(place)
     assert capsys.readouterr().out.count("trains in") == 1  # the other row

@@ -36,7 +36,8 @@ from drafter.memory import (
 from drafter.model import Drafter
 from drafter.optimisation import OptimiserSettings, make_optimizer
 from drafter.soft_labels import soft_labels
-from drafter.whole_scores import WHOLE_SCORES, TargetStates
+from drafter.whole_scores import TargetStates
+from losses.scores import WHOLE_SCORES
 from tests.runs import cli
 from tests.tiny import tiny_config
 

@@ -179,8 +179,11 @@ def test_scores_without_a_divergence_are_one_clear_error():
         loss(scores, 0.0)
 
 
-def test_a_run_distils_online_from_memory_and_from_a_cache_alike(tmp_path):
-    overlay = ("--config", "configs/rivals/forward-kl.yaml", "--model.loss.alpha_chain", "40")
+@pytest.mark.parametrize(
+    ("rival", "tag"), [("forward-kl", "forward_kl"), ("overlap-blend", "overlap_blend")]
+)
+def test_a_run_distils_online_from_memory_and_from_a_cache_alike(tmp_path, rival, tag):
+    overlay = ("--config", f"configs/rivals/{rival}.yaml", "--model.loss.alpha_chain", "40")
     cached = {"data__cache": str(tmp_path / "states"), "data__cache_dtype": "float32"}
     curves, ends = [], []
     for name, changes in {
@@ -192,7 +195,7 @@ def test_a_run_distils_online_from_memory_and_from_a_cache_alike(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         run = cli(folder, extra=overlay, **changes)
-        curves.append([value for _, value in scalars(folder / "run")["train/forward_kl"]])
+        curves.append([value for _, value in scalars(folder / "run")[f"train/{tag}"]])
         ends.append(weights(run))
     assert all(0 < value < 10 for value in curves[0])
     for curve, end in zip(curves[1:], ends[1:], strict=True):

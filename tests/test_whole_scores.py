@@ -11,10 +11,10 @@ import drafter.head as head_module
 from drafter.blocks import build_blocks
 from drafter.head import FrozenHead, score_blocks, score_slots
 from drafter.soft_labels import soft_labels
-from drafter.whole_scores import WHOLE_SCORES, TargetStates
+from drafter.whole_scores import TargetStates
 from losses import BlockScores, CombinedLoss, ForwardKL, Overlap, ReverseKL, WeightedTerm
+from losses.scores import WHOLE_SCORES
 from tests.losses_twins import valid_positions, weight
-from tests.runs import cli, scalars, weights
 from tests.test_soft_labels import make_batch, make_head
 
 VARIANTS = {
@@ -242,25 +242,3 @@ def test_low_precision_slopes_stay_near(monkeypatch, dtype):
         (same,) = torch.autograd.grad(expected[name].sum(), hidden, retain_graph=True)
         off = (grad - same).norm(dim=-1) / same.norm(dim=-1)
         assert off.max() < (0.02 if dtype == torch.bfloat16 else 0.002), name
-
-
-def test_a_run_trains_on_it_online_from_memory_and_from_a_cache_alike(tmp_path):
-    overlay = ("--config", "configs/rivals/overlap-blend.yaml", "--model.loss.alpha_chain", "40")
-    cached = {"data__cache": str(tmp_path / "states"), "data__cache_dtype": "float32"}
-    curves, ends = [], []
-    for name, changes in {
-        "online": {},
-        "device": {"data__keep_in_memory": "device"},
-        "filled": {"data__fill_cache": True, **cached},
-        "cached": cached,
-    }.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        run = cli(folder, extra=overlay, **changes)
-        curves.append([value for _, value in scalars(folder / "run")["train/overlap_blend"]])
-        ends.append(weights(run))
-    assert all(0 < value < 10 for value in curves[0])
-    for curve, end in zip(curves[1:], ends[1:], strict=True):
-        assert curve == pytest.approx(curves[0], rel=1e-4)
-        for name, value in end.items():
-            torch.testing.assert_close(value, ends[0][name], atol=1e-4, rtol=1e-3)
