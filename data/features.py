@@ -140,7 +140,7 @@ class NothingKept:
 
 
 class RememberedFeatures:
-    """Computes a document's features when it is first seen.
+    """Computes a document's features when it is first asked for.
 
     Args:
         kept: What is remembered.
@@ -157,32 +157,43 @@ class RememberedFeatures:
 
     def features(self, request: Request) -> list[DocumentFeatures]:
         """See `Keeper`."""
-        keys = [
-            (request.row_set, request.layer_ids, sample)
-            for sample in request.batch.sample_ids.tolist()
-        ]
-        kind = ("soft_labels" if self.softens else "states") if request.last_hidden else None
+        samples = request.batch.sample_ids.tolist()
+        keys = [(request.row_set, request.layer_ids, sample) for sample in samples]
+        kind = self._kind(request.last_hidden)
         missing = [i for i, key in enumerate(keys) if not self._holds(key, kind)]
         if missing:
             to = request.batch.input_ids.device if self._on_device else "cpu"
-            found = request.documents(missing)
+            states, lasts = zip(*request.documents(missing), strict=True)
             request.check.settle()  # before they are kept
-            for i, (states, last) in zip(missing, found, strict=True):
-                # copies: a view would keep the whole padded batch alive
+            # copies: a view would keep the whole padded batch alive
+            for i, own in zip(missing, states, strict=True):
                 if keys[i] not in self._kept:
-                    self._kept[keys[i]] = KeptDocument(states.to(to, copy=True), {})
-                if kind is not None and last is not None:
-                    self._kept[keys[i]].last[kind] = self._last(last, to)
+                    self._kept[keys[i]] = KeptDocument(own.to(to, copy=True), {})
+            if kind is not None:
+                for i, own in zip(missing, self._read_of(lasts), strict=True):
+                    self._kept[keys[i]].last[kind] = own.to(to, copy=True)
         kept = [self._kept[key] for key in keys]
         return [(own.states, None if kind is None else own.last[kind]) for own in kept]
+
+    def holds(
+        self, row_set: str, layer_ids: tuple[int, ...], samples: Sequence[int], last_hidden: bool
+    ) -> bool:
+        """Whether it remembers what a `Request` of these samples would ask for."""
+        kind = self._kind(last_hidden)
+        return all(self._holds((row_set, layer_ids, sample), kind) for sample in samples)
+
+    def _kind(self, last_hidden: bool) -> str | None:
+        return ("soft_labels" if self.softens else "states") if last_hidden else None
 
     def _holds(self, key: Hashable, kind: str | None) -> bool:
         return key in self._kept and (kind is None or kind in self._kept[key].last)
 
-    def _last(self, last: Tensor, to: torch.device | str) -> Tensor:
+    def _read_of(self, lasts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns what losses read of documents' last_hidden; the head runs on all at once."""
         if self._head is None:
-            return last.to(to, copy=True)
-        return soft_labels(self._head, last).packed().to(to)
+            return lasts
+        labels = soft_labels(self._head, torch.cat(list(lasts))).packed()
+        return list(labels.split([len(last) for last in lasts]))
 
 
 class RoundedFeatures:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from data.batches import BatchDataset
 from data.cache_format import MANIFEST, TRAIN, CachedRows
@@ -22,19 +23,25 @@ from data.features import (
     Keeper,
     NothingKept,
     RememberedFeatures,
+    Request,
     RoundedFeatures,
     fill_batch,
 )
 from data.prompt_sets import Prompt, load_prompts
-from data.sampler import DraftLoader, EpochBatches, rank_and_world
+from data.sampler import DraftLoader, EpochBatches, Item, rank_and_world
 from data.sharing import KeptFeatures, load_target, shared_features
 from drafter.blocks import DraftBatch, LastHidden
 from drafter.errors import UserError
+from drafter.packing import batches_by_length
 from drafter.ranks import sum_over_ranks
 from drafter.target import Target
 
 if TYPE_CHECKING:
     from data.cache_fill import CacheFilling
+
+KEPT_AT_ONCE = 32_768
+"""Tokens, padding included, that the target runs at once for features to keep: so many that a small
+one does not wait for its launches."""
 
 
 class OnlineHiddenStates(LightningDataModule):
@@ -68,7 +75,8 @@ class OnlineHiddenStates(LightningDataModule):
         pad_multiple: Row lengths are padded to a multiple of this.
         pack_length: Lay the rows of a batch end to end, up to so many tokens; 0 pads each row to
             the longest. Rows never see each other, and what is scored is the same.
-        keep_in_memory: Keep every row's features after its first use: in host RAM (true), or on
+        keep_in_memory: Run the target once on every row, before the first step (before a row's
+            first use where an epoch is cut short), and keep the features: in host RAM (true), or on
             the accelerator ("device"). For small sets: it takes L*D values a token.
         cache: Folder of a feature cache (`python -m data.cache build`): rows and features are read
             from it, and the target's frozen parts; the whole target is not loaded.
@@ -232,6 +240,42 @@ class OnlineHiddenStates(LightningDataModule):
                 f"[cache] features are {kept_in} as the cache has them, not {self.cache_dtype}"
             )
         rank_zero_info(f"Training rows: {opened.train.report}")
+
+    def _before_epoch(self, dataset: BatchDataset) -> None:
+        """Reads what is filled; fills what is kept in memory, if whole epochs are asked for."""
+        self._read_if_filled(dataset)
+        trainer = self.trainer
+        if not self.keep_in_memory or trainer is None or dataset.features is not None:
+            return
+        batches = -(-len(self.train_rows) // (self.batch_size * trainer.world_size))
+        steps = batches if trainer.max_steps < 0 else trainer.max_steps
+        if min(self.batches_per_epoch(), steps * trainer.accumulate_grad_batches) == batches:
+            self._keep_all(dataset, trainer)
+
+    def _keep_all(self, dataset: BatchDataset, trainer: Trainer) -> None:
+        """Runs the target on all training rows that are not kept yet, those of like length at once.
+
+        Much faster than batch by batch; and which rows run together, so how their features are
+        rounded, is the same wherever a run resumes.
+        """
+        layer_ids, last_hidden = trainer.lightning_module.feature_request()
+        keeper = self._keeper(last_hidden)
+        assert isinstance(keeper, RememberedFeatures)
+        rows = self.train_rows
+        groups = batches_by_length([len(row.input_ids) for row in rows], KEPT_AT_ONCE)
+        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        with tqdm(
+            total=len(rows), desc="features to keep", unit="row", leave=False, disable=hidden
+        ) as bar:
+            for group in groups:
+                batch = dataset[[Item(row, 0, scored=False) for row in group]]
+                last = last_hidden is not None
+                if not keeper.holds(TRAIN, layer_ids, batch.sample_ids.tolist(), last):
+                    batch = batch.to(self.target.device)
+                    keeper.features(
+                        Request(self._check, batch, self.target, layer_ids, last, TRAIN)
+                    )
+                bar.update(len(group))
 
     def _read_if_filled(self, dataset: BatchDataset) -> None:
         """Reads features from the cache that this run has filled, once it is complete."""
@@ -404,7 +448,7 @@ class OnlineHiddenStates(LightningDataModule):
             batches,
             accumulate=accumulate,
             limit=self.batches_per_epoch() if training else None,
-            before_epoch=partial(self._read_if_filled, dataset) if training else None,
+            before_epoch=partial(self._before_epoch, dataset) if training else None,
             num_workers=self.num_workers,
             pin_memory=torch.device(self.target.device).type == "cuda",
         )
@@ -426,7 +470,7 @@ class OnlineHiddenStates(LightningDataModule):
             return batch
         assert self.trainer is not None
         layer_ids, last_hidden = self.trainer.lightning_module.feature_request()
-        row_set = "train" if self.trainer.training or self._val_rows is None else "val"
+        row_set = TRAIN if self.trainer.training or self._val_rows is None else "val"
         return self.add_features(batch, layer_ids, last_hidden, row_set)
 
     def add_features(
@@ -434,7 +478,7 @@ class OnlineHiddenStates(LightningDataModule):
         batch: DraftBatch,
         layer_ids: tuple[int, ...],
         last_hidden: LastHidden = None,
-        row_set: str = "train",
+        row_set: str = TRAIN,
     ) -> DraftBatch:
         """Fills `hidden_states` (B, S, L*D) and, if asked, `last_hidden` (B, S, D).
 
@@ -451,13 +495,15 @@ class OnlineHiddenStates(LightningDataModule):
             UserError: A hidden state of this batch (on a GPU: of the one before, unless features
                 are kept) is NaN or infinite; names row, layer and position.
         """
+        last = last_hidden is not None
+        keeper = self._keeper(last_hidden)
+        return fill_batch(batch, self.target, layer_ids, last, row_set, keeper, self._check)
+
+    def _keeper(self, last_hidden: LastHidden) -> Keeper:
         if self._fills:
-            keeper: Keeper = RoundedFeatures(getattr(torch, self.cache_dtype), self._filling)
-        elif self.keep_in_memory:
+            return RoundedFeatures(getattr(torch, self.cache_dtype), self._filling)
+        if self.keep_in_memory:
             on_device = self.keep_in_memory == "device"
             head = None if last_hidden == "states" else self.target.head
-            keeper = RememberedFeatures(self._kept, on_device, head)
-        else:
-            keeper = NothingKept()
-        last = last_hidden is not None
-        return fill_batch(batch, self.target, layer_ids, last, row_set, keeper, self._check)
+            return RememberedFeatures(self._kept, on_device, head)
+        return NothingKept()

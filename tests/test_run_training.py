@@ -7,6 +7,7 @@ import torch
 
 from drafter.model import Drafter
 from drafter.module import DrafterModule
+from drafter.target import Target
 from drafter.training_log import WindowLog
 from tests.runs import cli, same, scalars, weights
 
@@ -77,13 +78,15 @@ def test_the_target_is_never_trained_and_nobody_owns_it(tmp_path):
     assert run.model.drafter.training
 
 
-def test_a_run_stopped_in_an_epoch_and_resumed_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_run_stopped_in_an_epoch_and_resumed_ends_with_the_same_weights(tmp_path, keep):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     for folder in (straight, broken):
         folder.mkdir()
-    whole = cli(straight, model__total_steps=10)
-    cli(broken, model__total_steps=10, trainer__max_steps=7)
-    resumed = cli(broken, model__total_steps=10, extra=("--ckpt_path", "last"))
+    settings = {"model__total_steps": 10, "data__keep_in_memory": keep}
+    whole = cli(straight, **settings)
+    cli(broken, trainer__max_steps=7, **settings)
+    resumed = cli(broken, extra=("--ckpt_path", "last"), **settings)
     assert resumed.trainer.global_step == whole.trainer.global_step == 10
     assert same(weights(resumed), weights(whole))
     assert (broken / "run" / "config.resume-1.yaml").exists()
@@ -143,6 +146,35 @@ def test_features_kept_in_memory_give_the_same_training(tmp_path):
     for other in results[1:]:
         for name in results[0]:
             torch.testing.assert_close(other[name], results[0][name], atol=1e-5, rtol=1e-4)
+
+
+def test_kept_features_are_computed_before_the_first_step_if_all_are_needed(tmp_path, monkeypatch):
+    asked = []
+    features = Target.features
+
+    def counted(self, input_ids, *args, **kwargs):
+        asked.append(len(input_ids))
+        return features(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Target, "features", counted)
+    monkeypatch.setattr("data.online.KEPT_AT_ONCE", 4 * 64)
+    settings = {"data__keep_in_memory": True, "data__val_rows": 0, "trainer__max_epochs": 1}
+    settings["verification__every_n_epochs"] = 0
+    whole = cli(tmp_path, **settings)
+    rows = whole.datamodule.train_rows
+    assert sum(asked) == len(rows) == 12
+    assert max(asked) > 2  # the rows of more than a batch
+    assert len(asked) < whole.trainer.global_step
+    for (_, layer_ids, sample), kept in whole.datamodule._kept.items():
+        alone = torch.from_numpy(rows[sample].input_ids).long()[None]
+        own = features(whole.datamodule.target, alone, torch.zeros_like(alone), layer_ids)
+        torch.testing.assert_close(kept.states, own.hidden_states[0], atol=1e-5, rtol=1e-4)
+    asked.clear()
+    cli(tmp_path, trainer__limit_train_batches=2, **settings)
+    assert asked == [2, 2]
+    asked.clear()
+    cli(tmp_path, trainer__max_steps=1, **settings)
+    assert asked == [2]
 
 
 def test_a_run_may_start_from_another_runs_weights(tmp_path, capsys):
