@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -241,40 +241,37 @@ class OnlineHiddenStates(LightningDataModule):
             )
         rank_zero_info(f"Training rows: {opened.train.report}")
 
-    def _before_epoch(self, dataset: BatchDataset) -> None:
-        """Reads what is filled; fills what is kept in memory, if whole epochs are asked for."""
-        self._read_if_filled(dataset)
-        trainer = self.trainer
-        if not self.keep_in_memory or trainer is None or dataset.features is not None:
-            return
-        batches = -(-len(self.train_rows) // (self.batch_size * trainer.world_size))
-        steps = batches if trainer.max_steps < 0 else trainer.max_steps
-        if min(self.batches_per_epoch(), steps * trainer.accumulate_grad_batches) == batches:
-            self._keep_all(dataset, trainer)
-
-    def _keep_all(self, dataset: BatchDataset, trainer: Trainer) -> None:
+    def _keep_all(self, dataset: BatchDataset) -> None:
         """Runs the target on all training rows that are not kept yet, those of like length at once.
 
         Much faster than batch by batch; and which rows run together, so how their features are
-        rounded, is the same wherever a run resumes.
+        rounded, is the same wherever a run resumes. Where epochs are cut short, features are
+        computed when a batch asks for them.
         """
+        trainer, rows = self.trainer, self.train_rows
+        if not self.keep_in_memory or trainer is None or dataset.features is not None:
+            return
+        whole = -(-len(rows) // (self.batch_size * trainer.world_size))
+        steps = whole if trainer.max_steps < 0 else trainer.max_steps
+        if min(self.batches_per_epoch(), steps * trainer.accumulate_grad_batches) < whole:
+            return
         layer_ids, last_hidden = trainer.lightning_module.feature_request()
+        last = last_hidden is not None
         keeper = self._keeper(last_hidden)
         assert isinstance(keeper, RememberedFeatures)
-        rows = self.train_rows
-        groups = batches_by_length([len(row.input_ids) for row in rows], KEPT_AT_ONCE)
-        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        groups = [
+            group
+            for group in batches_by_length([len(row.input_ids) for row in rows], KEPT_AT_ONCE)
+            if not keeper.holds(TRAIN, layer_ids, [rows[i].sample_id for i in group], last)
+        ]
+        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero or not groups
         with tqdm(
-            total=len(rows), desc="features to keep", unit="row", leave=False, disable=hidden
+            total=sum(map(len, groups)), desc="features to keep", unit="row", disable=hidden
         ) as bar:
             for group in groups:
-                batch = dataset[[Item(row, 0, scored=False) for row in group]]
-                last = last_hidden is not None
-                if not keeper.holds(TRAIN, layer_ids, batch.sample_ids.tolist(), last):
-                    batch = batch.to(self.target.device)
-                    keeper.features(
-                        Request(self._check, batch, self.target, layer_ids, last, TRAIN)
-                    )
+                items = [Item(row, 0, scored=False) for row in group]
+                batch = dataset[items].to(self.target.device)
+                keeper.features(Request(self._check, batch, self.target, layer_ids, last, TRAIN))
                 bar.update(len(group))
 
     def _read_if_filled(self, dataset: BatchDataset) -> None:
@@ -433,6 +430,8 @@ class OnlineHiddenStates(LightningDataModule):
             features=rows.rows if isinstance(rows.rows, CachedRows) else None,
             last_hidden=last_hidden,
         )
+        if training:
+            self._keep_all(dataset)
         batches = EpochBatches(
             len(rows),
             batch_size,
@@ -448,7 +447,7 @@ class OnlineHiddenStates(LightningDataModule):
             batches,
             accumulate=accumulate,
             limit=self.batches_per_epoch() if training else None,
-            before_epoch=partial(self._before_epoch, dataset) if training else None,
+            before_epoch=partial(self._read_if_filled, dataset) if training else None,
             num_workers=self.num_workers,
             pin_memory=torch.device(self.target.device).type == "cuda",
         )
