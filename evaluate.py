@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from drafter.evaluation.report import report, sort_by_fit
 from drafter.evaluation.results import merge, read_result, summarise
 from drafter.evaluation.tables import name_apart
 from drafter.files import write_atomic
+from drafter.search import Search
 from drafter.target import Target
 
 
@@ -42,6 +43,7 @@ def run_report(options: argparse.Namespace) -> None:
     """Measures drafters side by side; prints the tables and writes what was asked for."""
     settings = settings_from(options)
     drafters, unreadable = load_all(options.ckpt, options.block_size)
+    drafters = with_searches(drafters, options)
     target = target_for(drafters, options)
     drafters, misfits = sort_by_fit(drafters, target)
     misfits = [*unreadable, *misfits]
@@ -179,6 +181,25 @@ def load_all(paths: Sequence[str], block_size: int | None) -> tuple[list[LoadedD
     if not drafters:
         raise errors[0]
     return name_apart(drafters), [str(error) for error in errors]
+
+
+def with_searches(
+    drafters: Sequence[LoadedDrafter], options: argparse.Namespace
+) -> list[LoadedDrafter]:
+    """Returns each drafter once for every way to search its drafts that is asked for."""
+    searches = {
+        kind: None if kind == "plain" else Search(kind, options.budget, options.drafts)
+        for kind in options.search
+    }
+    if options.audit and any(searches.values()):
+        raise UserError("--audit looks at one draft a round; leave --search out.")
+    return [
+        loaded
+        if search is None
+        else replace(loaded, name=f"{loaded.name}, {search.label}", search=search)
+        for loaded in drafters
+        for search in searches.values()
+    ]
 
 
 def target_for(drafters: Sequence[LoadedDrafter], options: argparse.Namespace) -> Target:

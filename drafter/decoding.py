@@ -114,7 +114,7 @@ def decode_speculatively(
             rejection sampling against a one-hot q, or argmax drafts and sample-and-match.
     """
     source = source or GeneratorSource(torch.Generator().manual_seed(0))
-    clock = _Clock()
+    clock = Clock()
     first_logits = target.prefill(prompt_ids)
     clock.lap("prefill", first_logits)
     first = choose(first_logits, sampling, source)
@@ -156,7 +156,7 @@ def decode_plainly(
 ) -> Decoded:
     """Returns the target's response, one token a pass: the baseline of the loop above."""
     source = source or GeneratorSource(torch.Generator().manual_seed(0))
-    clock = _Clock()
+    clock = Clock()
     logits = target.prefill(prompt_ids)
     clock.lap("prefill", logits)
     out = Decoded([choose(logits, sampling, source)])
@@ -299,7 +299,7 @@ class CachedDrafter:
         return self._target.head.logits(hidden[0, 0, 1:])
 
 
-class _Clock:
+class Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:

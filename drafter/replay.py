@@ -27,6 +27,7 @@ from drafter.head import FrozenHead
 from drafter.model import Drafter
 from drafter.rounds import ResponseCounts, SlotResults, count_decoded, count_rounds, waste_by_anchor
 from drafter.sampling import STREAM_THINNING, Sampling, argmax, keyed_uniforms, warp
+from drafter.search import Search, grow
 
 __all__ = [
     "ResponseCounts",
@@ -35,6 +36,7 @@ __all__ = [
     "count_rounds",
     "replay_logits",
     "replay_slots",
+    "replay_trees",
     "thin",
     "waste_by_anchor",
 ]
@@ -77,14 +79,9 @@ def replay_slots(
     block_size = drafter.config.block_size
     device, total = input_ids.device, len(input_ids)
     response = total - prompt_length
-    if response == 1:  # its only token is prefill's: no anchor, no round
-        none = np.zeros((0, block_size - 1), dtype=bool)
-        return SlotResults(none.astype(np.int64), none, none, none.astype(np.float64))
-    anchors_T = torch.arange(prompt_length, total - 1, device=device)
-    offsets_N = torch.arange(1, block_size, device=device)
-    index_TN = anchors_T[:, None] - prompt_length + offsets_N
-    valid_TN = index_TN < response
-    labels_TN = input_ids[prompt_length + index_TN.clamp(max=response - 1)]
+    if response == 1:
+        return _no_anchor(block_size)
+    anchors_T, index_TN, valid_TN, labels_TN = _slots(input_ids, prompt_length, block_size)
     drafts, chosen = [], []
     chunks = _chunks(drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk)
     for hidden_CND, labels_CN in zip(chunks, labels_TN.split(anchors_per_chunk), strict=True):
@@ -114,6 +111,85 @@ def replay_slots(
         accept_TN.cpu().numpy(),
         zero_target,
     )
+
+
+@torch.no_grad()
+def replay_trees(
+    drafter: Drafter,
+    embed: Callable[[Tensor], Tensor],
+    head: FrozenHead,
+    hidden_states: Tensor,
+    input_ids: Tensor,
+    prompt_length: int,
+    *,
+    search: Search,
+    seed: int,
+    key: int,
+    anchors_per_chunk: int = 64,
+) -> SlotResults:
+    """As `replay_slots`, of trees of drafts that are verified by sample-and-match.
+
+    A slot is accepted iff the trajectory's tokens up to it are in the anchor's tree; which they are
+    is certain, at any temperature. `drafts` and `match` are those of the argmax draft.
+
+    Args:
+        drafter: The unwrapped drafter.
+        embed: The target's embedding.
+        head: The target's head.
+        hidden_states: (1, S, L*D).
+        input_ids: (S,) prompt and response.
+        prompt_length: Prompt tokens.
+        search: How a block's marginals become a tree.
+        seed: Of drafts that are drawn.
+        key: The prompt's, likewise.
+        anchors_per_chunk: Bounds memory: blocks denoised at once.
+    """
+    block_size = drafter.config.block_size
+    if len(input_ids) - prompt_length == 1:
+        return _no_anchor(block_size)
+    anchors_T, _, valid_TN, labels_TN = _slots(input_ids, prompt_length, block_size)
+    wanted = [row[valid].tolist() for row, valid in zip(labels_TN, valid_TN, strict=True)]
+    drafts, reached = [], list[int]()
+    at_once = max(1, head.chunk_rows() // (block_size - 1))
+    for hidden_CND in _chunks(
+        drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk
+    ):
+        for states_GND in hidden_CND.split(at_once):
+            logits_GNV = head.logits(states_GND)
+            drafts.append(argmax(logits_GNV))
+            place, (count, slots) = len(reached), states_GND.shape[:2]
+            trees = grow(search, logits_GNV, search.uniforms(seed, key, place, count, slots))
+            reached += [
+                len(tree.follow(tokens))
+                for tree, tokens in zip(trees, wanted[place : place + count], strict=True)
+            ]
+    drafts_TN = torch.cat(drafts)
+    slot_N = np.arange(block_size - 1)
+    return SlotResults(
+        drafts_TN.cpu().numpy(),
+        ((drafts_TN == labels_TN) & valid_TN).cpu().numpy(),
+        valid_TN.cpu().numpy(),
+        (slot_N < np.array(reached)[:, None]).astype(np.float64),
+    )
+
+
+def _no_anchor(block_size: int) -> SlotResults:
+    """The results of a response whose only token is prefill's: no anchor, no round."""
+    none = np.zeros((0, block_size - 1), dtype=bool)
+    return SlotResults(none.astype(np.int64), none, none, none.astype(np.float64))
+
+
+def _slots(
+    input_ids: Tensor, prompt_length: int, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns anchors (T,), and of their slots (T, N) places in the response, validity, labels."""
+    device, total = input_ids.device, len(input_ids)
+    anchors_T = torch.arange(prompt_length, total - 1, device=device)
+    offsets_N = torch.arange(1, block_size, device=device)
+    index_TN = anchors_T[:, None] - prompt_length + offsets_N
+    response = total - prompt_length
+    labels_TN = input_ids[prompt_length + index_TN.clamp(max=response - 1)]
+    return anchors_T, index_TN, index_TN < response, labels_TN
 
 
 @torch.no_grad()

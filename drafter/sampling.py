@@ -23,6 +23,8 @@ from drafter.errors import UserError
 # Streams of `keyed_uniforms`: independent sequences for one (seed, prompt).
 STREAM_TARGET = 0  # the target's own tokens in a sampled trajectory
 STREAM_THINNING = 1  # which of them count as accepted drafts, in replay
+# 2 is `drafter.evaluation.measure.STREAM_DECODE`
+STREAM_SEARCH = 3  # drafts that are drawn from the drafter's marginals
 
 _UINT64_MASK = (1 << 64) - 1
 
@@ -124,11 +126,24 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
         float64, so the same probabilities and uniforms give the same token on any device up to
         the rounding of that sum.
     """
+    return draw_several(probs, uniforms[..., None])[..., 0]
+
+
+def draw_several(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """As `draw`, several tokens of each distribution.
+
+    Args:
+        probs: `(..., V)`.
+        uniforms: `(..., M)`.
+
+    Returns:
+        `(..., M)` long.
+    """
     mass = probs.double().cumsum(dim=-1)
-    level = uniforms.to(device=probs.device, dtype=torch.float64)[..., None] * mass[..., -1:]
-    ids = (mass <= level).sum(dim=-1)
+    level = uniforms.to(device=probs.device, dtype=torch.float64) * mass[..., -1:]
+    ids = torch.searchsorted(mass, level.contiguous(), right=True)
     # Guards the one case that rounding could spoil: a level equal to the whole mass.
-    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).byte().argmax(dim=-1)
+    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).byte().argmax(dim=-1, keepdim=True)
     return torch.minimum(ids, last)
 
 

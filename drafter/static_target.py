@@ -19,11 +19,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from drafter.errors import UserError
 from drafter.target import Target
+from drafter.target_masks import CHECKED, AttentionMasks, same_states
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 HOST_ROPE = ("dynamic", "longrope")  # their angles depend on a length that they ask the host for
-CHECKED, CHECKED_BLOCK = 256, 4
-"""Tokens that a target's own cache is compared over, and of the pass behind them."""
+CHECKED_BLOCK = 4
+"""Tokens of the pass behind the CHECKED ones."""
 
 
 class _Places:
@@ -105,7 +105,13 @@ class StaticTarget:
         self.layer_ids = tuple(layer_ids)
         self.rows = rows
         self.length = length
-        self._kinds, self._window = _attention_kinds(target)
+        rope_type = asks_the_host(target.config)
+        self._masks = AttentionMasks(
+            target,
+            "be decoded on fixed shapes",
+            "Decode it kernel by kernel",
+            {f"its rope is of type {rope_type}": rope_type is not None},
+        )
         self._places = _Places()
         layers = [_StaticLayer(self._places, rows, length) for _ in range(target.num_layers)]
         self._cache = Cache(layers=layers)
@@ -125,26 +131,15 @@ class StaticTarget:
             (B, n, D) states after the final norm, (B, n, L*D) tapped states.
         """
         self._places.rows, self._places.index_Bn = rows, positions_Bn
+        key_S = torch.arange(self.length, device=positions_Bn.device)
+        distance_B1nS = positions_Bn[:, None, :, None] - key_S
         return self.target.run(
             self.layer_ids,
             self._cache,
             input_ids=ids_Bn,
             position_ids=positions_Bn,
-            attention_mask=self._masks(positions_Bn),
+            attention_mask=self._masks.of(distance_B1nS >= 0, distance_B1nS),
         )
-
-    def _masks(self, positions_Bn: Tensor) -> Any:
-        """Returns what the model takes in the place of a padding mask: finished masks."""
-        key_S = torch.arange(self.length, device=positions_Bn.device)
-        query_B1n1 = positions_Bn[:, None, :, None]
-        seen = {FULL: key_S <= query_B1n1}
-        if self._window is not None:
-            seen[SLIDING] = seen[FULL] & (key_S > query_B1n1 - self._window)
-        # what is added to the scores: SDPA would make it of a boolean mask in every layer
-        zero = torch.zeros((), dtype=self.target.dtype, device=key_S.device)
-        low = torch.finfo(self.target.dtype).min
-        masks = {kind: torch.where(mask, zero, low) for kind, mask in seen.items()}
-        return masks if len(self._kinds) > 1 else masks[self._kinds[0]]
 
     def _check(self) -> None:
         """Compares two passes with the target's own cache, across the window's edge if it has one.
@@ -152,7 +147,8 @@ class StaticTarget:
         The second is taken back and run again: a place that is written twice shows the last.
         """
         target, device = self.target, self.target.device
-        known = max(1, min(self.length - CHECKED_BLOCK, max(CHECKED, (self._window or 0) + 3)))
+        window = self._masks.window or 0
+        known = max(1, min(self.length - CHECKED_BLOCK, max(CHECKED, window + 3)))
         total = min(self.length, known + CHECKED_BLOCK)
         ids = torch.arange(total, device=device) * 7 % target.vocab_size
         session = target.session()
@@ -166,9 +162,7 @@ class StaticTarget:
             self.run(ids[None, part].flip(1), places[:, part], first)
             found.append(self.run(ids[None, part], places[:, part], first)[0][0])
         for ours, theirs in zip(found, expected, strict=True):
-            error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-            exact = target.dtype in (torch.float32, torch.float64)
-            if error > (1e-3 if exact else 0.05):
+            if not same_states(ours, theirs, target.dtype):
                 raise UserError(
                     f"The target {target.path} ({type(target.model).__name__}) does not give the "
                     "same states with a cache of fixed size; decode it kernel by kernel."
@@ -181,32 +175,3 @@ def asks_the_host(config: Any) -> str | None:
     kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # or by layer type
     found = [kind["rope_type"] for kind in kinds if kind.get("rope_type") in HOST_ROPE]
     return str(found[0]) if found else None
-
-
-def _attention_kinds(target: Target) -> tuple[tuple[str, ...], int | None]:
-    """Returns which kinds of attention its layers have, and the sliding ones' window.
-
-    Raises:
-        UserError: There is one that is not known here, or it can't take a mask.
-    """
-    config = target.config
-    rope_type = asks_the_host(config)
-    attention = config._attn_implementation
-    window = getattr(config, "sliding_window", None)
-    kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
-    if not kinds:
-        sliding = window is not None and getattr(config, "use_sliding_window", True)
-        kinds = (SLIDING,) if sliding else (FULL,)
-    reasons = {
-        f"its rope is of type {rope_type}": rope_type is not None,
-        f"its attention runs as {attention}; load it with sdpa": attention not in ("sdpa", "eager"),
-        f"its layers are {', '.join(kinds)}": not set(kinds) <= {FULL, SLIDING},
-        "it is spread over several GPUs": target.spread,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise UserError(
-                f"The target {target.path} can't be decoded on fixed shapes: {reason}. Decode it "
-                "kernel by kernel."
-            )
-    return kinds, window if SLIDING in kinds else None

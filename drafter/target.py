@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from drafter.target_checks import (
     probe,
 )
 from drafter.target_loading import Loaded, load_model_and_tokenizer
+from drafter.target_masks import AttentionMasks, checked_tree_masks
 from drafter.target_session import TargetSession, frozen
 
 __all__ = [
@@ -305,6 +307,15 @@ class Target:
             device = inputs["input_ids"].device  # a spread target's layers lie elsewhere
             last, taps = last.to(device), [kept[i].to(device) for i in layer_ids]
             return last, torch.cat(taps, -1) if taps else last[..., :0]
+
+    @cached_property
+    def tree_masks(self) -> AttentionMasks:
+        """What trees of drafts are verified with; made, and looked at, once.
+
+        Raises:
+            UserError: It can't, or does not read the masks as they are meant.
+        """
+        return checked_tree_masks(self)
 
     def session(self) -> TargetSession:
         """Returns an empty KV cache for decoding one prompt."""

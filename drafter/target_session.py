@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 if TYPE_CHECKING:
     from drafter.target import Target
+    from drafter.target_masks import AttentionMasks
 
 
 @contextmanager
@@ -64,6 +65,49 @@ class TargetSession:
         )
         self.length += len(ids)
         return last[0], taps[0]
+
+    def forward_tree(
+        self,
+        ids: Tensor,
+        depths: Tensor,
+        seen: Tensor,
+        layer_ids: Sequence[int],
+        masks: AttentionMasks,
+    ) -> tuple[Tensor, Tensor]:
+        """Appends a tree of tokens: each sees what is held, and its own ancestors.
+
+        Args:
+            ids: (n,) int64.
+            depths: (n,) int64, tokens from the first one's place, 0 for that.
+            seen: (n, n) bool, which of them each one sees (itself and its ancestors).
+            layer_ids: Tapped layers, L.
+            masks: The target's (`Target.tree_masks`).
+
+        Returns:
+            As `forward`. `keep` must come next: places in the cache are not positions.
+        """
+        held = torch.arange(self.length, device=ids.device)
+        positions = self.length + depths
+        places = torch.cat((held, positions))
+        visible = torch.cat((seen.new_ones(len(ids), self.length), seen), 1)
+        last, taps = self._target.run(
+            layer_ids,
+            self._cache,
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            # a 4-d mask is taken as it is
+            attention_mask=masks.of(visible[None, None], positions[:, None] - places),
+        )
+        self.length += len(ids)
+        return last[0], taps[0]
+
+    def keep(self, held: int, places: Tensor) -> None:
+        """Keeps the first `held` tokens, and of the others those at `places` (m,) behind them."""
+        index = torch.cat((torch.arange(held, device=places.device), held + places))
+        for layer in self._cache.layers:
+            layer.keys = layer.keys.index_select(2, index.to(layer.keys.device))
+            layer.values = layer.values.index_select(2, index.to(layer.values.device))
+        self.length = len(index)
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens."""

@@ -1,4 +1,4 @@
-"""The three exact rules that decide how much of a draft the target keeps, and where a round ends.
+"""The exact rules that decide how much of a draft the target keeps, and where a round ends.
 
 Legend: N drafted slots, V vocabulary. Distributions are rows of probabilities; p is the target's
 (warped), q what the draft was really drawn from.
@@ -9,13 +9,14 @@ Source: method.md, Exact verification and Rounds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from drafter.sampling import RandomSource
+from drafter.search import ROOT, TokenTree
 
 
 class Verdict(NamedTuple):
@@ -112,6 +113,33 @@ def verify_sample_and_match(draft: Sequence[int], p_MV: Tensor, source: RandomSo
         if drawn != token:
             return Verdict(k, drawn)
     return Verdict(len(draft), source.categorical(p_MV[len(draft)]))
+
+
+def verify_tree(tree: TokenTree, choose: Callable[[int], int]) -> tuple[list[int], int]:
+    """Sample-and-match (greedy: argmax-and-match) through a tree of drafts.
+
+    The target's token at each position is what it would be without a draft, so any tree is exact.
+
+    Args:
+        tree: Drafts.
+        choose: Gives the target's token behind a place of the tree, or behind the anchor (ROOT);
+            asked once for each token that the round emits, in order.
+
+    Returns:
+        Places of the accepted tokens, and the target's token after them.
+
+    Example:
+        >>> wanted = {ROOT: 5, 0: 8, 1: 4, 2: 3}
+        >>> verify_tree(TokenTree([5, 6, 8], [ROOT, 0, 0]), wanted.__getitem__)
+        ([0, 2], 3)
+    """
+    children, path, at = tree.children(), list[int](), ROOT
+    while True:
+        token = choose(at)
+        if (at, token) not in children:
+            return path, token
+        at = children[at, token]
+        path.append(at)
 
 
 def clip_round(

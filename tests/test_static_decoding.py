@@ -17,6 +17,7 @@ from drafter.static_decoding import StaticDecoder
 from drafter.static_target import StaticTarget
 from drafter.target import Target
 from drafter.target_loading import Loaded
+from drafter.target_masks import AttentionMasks
 from tests.test_step_graphs import Tape
 from tests.tiny import SLIDING_WINDOW, tiny_config, tiny_model, tiny_tokenizer
 from tests.tiny_drafters import overfitted_drafter
@@ -167,13 +168,12 @@ def test_rows_may_be_very_short(family, length):
 
 def test_a_window_that_the_config_does_not_name_is_refused(monkeypatch):
     target = in_memory("llama")
-    masks = StaticTarget._masks
+    masks = AttentionMasks.of
 
-    def windowed(self, positions):
-        far = positions[:, None, :, None] - torch.arange(self.length) >= 100
-        return masks(self, positions).masked_fill(far, torch.finfo(torch.float32).min)
+    def windowed(self, seen, distance):
+        return masks(self, seen & (distance < 100), distance)
 
-    monkeypatch.setattr(StaticTarget, "_masks", windowed)
+    monkeypatch.setattr(AttentionMasks, "of", windowed)
     with pytest.raises(UserError, match="not give the same states with a cache of fixed size"):
         StaticTarget(target, length=300)
 
@@ -209,7 +209,7 @@ def test_what_does_not_fit_or_go_is_one_sentence():
 
 def test_a_target_that_reads_masks_in_another_way_is_refused(monkeypatch):
     target = in_memory("llama")
-    monkeypatch.setattr(StaticTarget, "_masks", lambda self, positions: None)
+    monkeypatch.setattr(AttentionMasks, "of", lambda self, seen, distance: None)
     with pytest.raises(UserError, match="not give the same states with a cache of fixed size"):
         StaticTarget(target, length=40)
 

@@ -14,6 +14,7 @@ from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
 from drafter.files import pieces
 from drafter.model import Drafter
+from drafter.search import Search
 from drafter.target import Target
 
 PROVENANCE = "provenance.json"
@@ -38,6 +39,7 @@ class LoadedDrafter:
         run_config: The run's configuration, of its last piece, if it is there.
         other_block_size: K, where it is not the one that the drafter was trained with.
         provenance: What lies beside an exported drafter.
+        search: How its drafts are searched; None for the one draft.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LoadedDrafter:
     run_config: Path | None = None
     other_block_size: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    search: Search | None = None
 
 
 def drafter_fingerprint(drafter: Drafter) -> str:

@@ -27,9 +27,18 @@ from drafter.metrics import AcceptanceByPosition, AcceptedLength, WasteRatio
 from drafter.model import Drafter
 from drafter.packing import batches_by_length, pad_rows
 from drafter.prompt_lookup import PromptLookup
-from drafter.replay import ResponseCounts, count_decoded, count_rounds, replay_slots, thin
+from drafter.replay import (
+    ResponseCounts,
+    count_decoded,
+    count_rounds,
+    replay_slots,
+    replay_trees,
+    thin,
+)
 from drafter.sampling import GeneratorSource, keyed_uniforms
+from drafter.search import Search
 from drafter.target import Target
+from drafter.tree_decoding import CachedTreeTarget, decode_with_search
 
 STREAM_DECODE = 2
 """Stream of `keyed_uniforms` that seeds the real loop's generator for a prompt."""
@@ -158,6 +167,7 @@ def replay_trajectory(
     settings: TrajectorySettings,
     hidden_states: Tensor,
     *,
+    search: Search | None = None,
     anchors_per_chunk: int = 128,
 ) -> MeasuredResponse:
     """Measures by one teacher-forced pass over every response position.
@@ -168,10 +178,26 @@ def replay_trajectory(
         trajectory: Prompt and response.
         settings: It was generated under.
         hidden_states: (1, S, L*D), the target's features of prompt and response.
+        search: Trees of drafts; None for one draft.
         anchors_per_chunk: Blocks at once.
     """
     prompt = trajectory.prompt
     input_ids = torch.tensor(trajectory.tokens, device=target.device)
+    if search is not None:
+        trees = replay_trees(
+            drafter,
+            target.embed,
+            target.head,
+            hidden_states,
+            input_ids,
+            len(prompt.ids),
+            search=search,
+            seed=settings.seed,
+            key=prompt.key,
+            anchors_per_chunk=anchors_per_chunk,
+        )
+        certain = count_rounds(trees)
+        return MeasuredResponse(trajectory, certain, certain, trajectory.ids)
     slots = replay_slots(
         drafter,
         target.embed,
@@ -198,13 +224,41 @@ def decode_prompt(
     *,
     key: int = 0,
     rule: Rule = "rejection",
+    search: Search | None = None,
 ) -> Decoded:
     """Runs the real loop on one prompt, with random numbers keyed by (seed, prompt)."""
     target.check_length(len(prompt_ids), settings.max_new_tokens)
+    if search is not None:
+        return _decode_by_search(drafter, target, prompt_ids, settings, key, search)
     engine = CachedTarget(target, drafter.config.target_layer_ids)
     return run_loop(
         engine, CachedDrafter(drafter, target, engine), target, prompt_ids, settings, key, rule
     )
+
+
+def _decode_by_search(
+    drafter: Drafter,
+    target: Target,
+    prompt_ids: Sequence[int],
+    settings: TrajectorySettings,
+    key: int,
+    search: Search,
+) -> Decoded:
+    engine = CachedTreeTarget(target, drafter.config.target_layer_ids)
+    decoded = decode_with_search(
+        engine,
+        CachedDrafter(drafter, target, engine),
+        prompt_ids,
+        search=search,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=target.eos_token_ids,
+        sampling=settings.sampling,
+        source=keyed_source(settings.seed, key),
+        seed=settings.seed,
+        key=key,
+    )
+    _check_account(decoded, engine)
+    return decoded
 
 
 @torch.no_grad()
@@ -267,9 +321,13 @@ def run_loop(
         source=keyed_source(settings.seed, key),
         rule=rule,
     )
+    _check_account(decoded, engine)
+    return decoded
+
+
+def _check_account(decoded: Decoded, engine: CachedTarget) -> None:
     assert sum(decoded.round_lengths) == len(decoded.ids) - 1
     assert len(decoded.rounds) == engine.passes - 1  # the first is prefill
-    return decoded
 
 
 def decode_trajectory(

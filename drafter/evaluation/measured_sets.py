@@ -31,6 +31,8 @@ from drafter.evaluation.measure import (
 )
 from drafter.evaluation.tallies import Tally, tally
 from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySettings
+from drafter.model import Drafter
+from drafter.search import Search
 from drafter.target import Target
 
 FORMAT = 2
@@ -136,6 +138,7 @@ class Bench:
                             group[i],
                             self.settings,
                             states,
+                            search=loaded.search,
                             anchors_per_chunk=self.anchors_per_chunk,
                         )
                         for i, states in batch
@@ -169,7 +172,7 @@ class Bench:
         """
         journal = self._journal("decode", [_contender(loaded) for loaded in drafters])
         models = [
-            loaded.drafter.to(device=self.target.device, dtype=self.target.dtype)
+            (loaded.drafter.to(device=self.target.device, dtype=self.target.dtype), loaded.search)
             for loaded in drafters
         ]
         names = [loaded.name for loaded in drafters] + [PROMPT_LOOKUP]
@@ -201,15 +204,21 @@ class Bench:
         return out
 
     def _contest(
-        self, models: Sequence[Any], prompt: EvalPrompt, settings: TrajectorySettings
+        self,
+        models: Sequence[tuple[Drafter, Search | None]],
+        prompt: EvalPrompt,
+        settings: TrajectorySettings,
     ) -> tuple[Decoded, list[tuple[Decoded, int]]]:
         """Returns the target alone, and (the loop's result, N) of every contender."""
         target, key = self.target, prompt.key
-        block_size = max(model.config.block_size for model in models)
+        block_size = max(model.config.block_size for model, _ in models)
         plain = decode_alone(target, prompt.ids, settings, key=key)
         loops = [
-            (decode_prompt(model, target, prompt.ids, settings, key=key), model.config.num_drafted)
-            for model in models
+            (
+                decode_prompt(model, target, prompt.ids, settings, key=key, search=search),
+                model.config.num_drafted,
+            )
+            for model, search in models
         ]
         lookup = decode_by_lookup(target, prompt.ids, settings, block_size, key=key)
         return plain, [*loops, (lookup, block_size - 1)]
@@ -251,7 +260,8 @@ class Bench:
 
 
 def _contender(loaded: LoadedDrafter) -> str:
-    return f"{loaded.fingerprint}/{loaded.drafter.config.block_size}"
+    plain = f"{loaded.fingerprint}/{loaded.drafter.config.block_size}"
+    return plain if loaded.search is None else f"{plain}/{loaded.search.label}"
 
 
 def make_sample(response: MeasuredResponse, tokenizer: Any) -> Sample:

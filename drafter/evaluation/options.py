@@ -38,6 +38,16 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     _add_prompt_options(verb)
     _add_measuring_options(verb)
     verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
+    verb.add_argument(
+        "--search",
+        nargs="+",
+        default=["plain"],
+        choices=("plain", "tree", "self-select"),
+        help="drafts of a round: the argmax one; a tree of the most probable beginnings; or "
+        "several, drawn and merged. Ways given together are measured side by side; all are exact",
+    )
+    verb.add_argument("--budget", type=int, default=60, help="tokens of a tree")
+    verb.add_argument("--drafts", type=int, default=4, help="of self-select, with the argmax one")
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     verb.add_argument("--output", metavar="OUT.json", help="write figures, tables, plots and page")
 
