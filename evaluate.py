@@ -42,18 +42,19 @@ from drafter.target import Target
 def run_report(options: argparse.Namespace) -> None:
     """Measures drafters side by side; prints the tables and writes what was asked for."""
     settings = settings_from(options)
+    searches = searches_of(options)
     drafters, unreadable = load_all(options.ckpt, options.block_size)
-    drafters = with_searches(drafters, options)
     target = target_for(drafters, options)
     drafters, misfits = sort_by_fit(drafters, target)
     misfits = [*unreadable, *misfits]
     prompts, follow_up = prompts_for(target, options)
+    contenders = with_searches(drafters, searches)
     if options.dry_run:
-        print("\n".join([*misfits, *plan(drafters, target, prompts, follow_up, settings)]))
+        print("\n".join([*misfits, *plan(contenders, target, prompts, follow_up, settings)]))
         return
     overlap = overlap_with_runs(drafters, prompts, target.tokenizer)
     print("\n".join(overlap_lines(overlap)))
-    result = report(drafters, target, prompts, follow_up, settings)
+    result = report(contenders, target, prompts, follow_up, settings)
     result |= {"misfits": misfits, "overlap": overlap, **where_and_when(target.device)}
     show(result)
     if options.output:
@@ -183,22 +184,27 @@ def load_all(paths: Sequence[str], block_size: int | None) -> tuple[list[LoadedD
     return name_apart(drafters), [str(error) for error in errors]
 
 
-def with_searches(
-    drafters: Sequence[LoadedDrafter], options: argparse.Namespace
-) -> list[LoadedDrafter]:
-    """Returns each drafter once for every way to search its drafts that is asked for."""
-    searches = {
-        kind: None if kind == "plain" else Search(kind, options.budget, options.drafts)
-        for kind in options.search
-    }
-    if options.audit and any(searches.values()):
+def searches_of(options: argparse.Namespace) -> list[Search | None]:
+    """Returns the ways to search drafts that are asked for, None for the one draft."""
+    searches = [
+        None if kind == "plain" else Search(kind, options.budget, options.drafts)
+        for kind in dict.fromkeys(options.search)
+    ]
+    if options.audit and any(searches):
         raise UserError("--audit looks at one draft a round; leave --search out.")
+    return searches
+
+
+def with_searches(
+    drafters: Sequence[LoadedDrafter], searches: Sequence[Search | None]
+) -> list[LoadedDrafter]:
+    """Returns each drafter once for every way to search its drafts."""
     return [
         loaded
         if search is None
         else replace(loaded, name=f"{loaded.name}, {search.label}", search=search)
         for loaded in drafters
-        for search in searches.values()
+        for search in searches
     ]
 
 

@@ -116,6 +116,41 @@ def test_replay_and_the_loop_agree_and_every_figure_is_there(place, capsys):
     assert "ms per emitted token" in printed
 
 
+def test_several_searches_are_measured_side_by_side_and_kept_apart(place, monkeypatch, capsys):
+    asked = ("--search", "plain", "tree", "self-select", "--budget", "12", "--drafts", "3")
+    result = run(place, *asked, "--mode", "both", drafters=("poor",), cache="searches")
+    names = ["poor", "poor, tree of 12", "poor, 3 drafts", "prompt lookup"]
+    assert [d["name"] for d in result["drafters"]] == names
+    lengths = []
+    for n in range(3):
+        replayed, decoded = rows(result, "replay", n), rows(result, "decode", n)
+        assert len(replayed) == 11
+        for key, row in replayed.items():
+            assert row["round_lengths"] == decoded[key]["round_lengths"]
+            for name, value in decoded[key]["counts"].items():
+                assert row["counts"][name] == pytest.approx(value), name
+        average = result["drafters"][n]["figures"]["replay"]["average"]
+        lengths.append(average["accepted_length"]["value"])
+    assert lengths[1] > lengths[0]
+    assert lengths[2] > lengths[0]
+    assert len(result["agreement"]) == 1  # of the one draft; trees' rounds are held together above
+    # none of it is measured again, and none is taken for another
+    monkeypatch.setattr(Bench, "_row", None)
+    again = run(place, *asked, drafters=("poor",), cache="searches")
+    for n in range(3):
+        assert rows(again, "replay", n) == rows(result, "replay", n)
+    monkeypatch.undo()
+    other = run(place, "--search", "tree", "--budget", "1", drafters=("poor",), cache="searches")
+    figures = other["drafters"][0]["figures"]["replay"]["average"]
+    assert figures["accepted_length"]["value"] <= 2
+    with pytest.raises(SystemExit):
+        run(place, *asked, "--audit")
+    assert "leave --search out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(place, "--search", "tree", "--budget", "0")
+    assert "--budget is 0" in capsys.readouterr().err
+
+
 def test_the_targets_own_reply_stands_in_the_next_turns_context(place):
     result, path = run(place), place[1]
     target, tokenizer = Target.load(path, dtype="float32"), tiny_tokenizer()
