@@ -218,8 +218,7 @@ class SpecForge(Competitor):
         optimizer = importlib.import_module("specforge.optimizer")
         qwen3 = importlib.import_module("transformers.models.qwen3.modeling_qwen3")
         self.case = case
-        on_gpu = case.device.type == "cuda"
-        attention = attention or ("flex_attention" if on_gpu else "eager")
+        attention = attention or self.default_attention(case)
         config = qwen3.Qwen3Config(**_qwen3_fields(case))
         config._attn_implementation = attention
         config.block_size = case.block_size
@@ -241,6 +240,11 @@ class SpecForge(Competitor):
             self.drafter, lr=LEARNING_RATE, max_grad_norm=1.0, total_steps=LONG
         )
         self.loss_mask = case.batch.supervised.float()
+
+    @staticmethod
+    def default_attention(case: Case) -> str:
+        """What its own recipes run."""
+        return "flex_attention" if case.device.type == "cuda" else "eager"
 
     def forward(self) -> Tensor:
         """See `Competitor`."""

@@ -128,12 +128,16 @@ def _naive_scores(ours: Ours) -> BlockScores:
     return BlockScores(*(tensor.flatten(0, 1) for tensor in scores))
 
 
-def check_specforge(case: Case) -> dict[str, float]:
+def check_specforge(case: Case, attention: str) -> dict[str, float]:
     """Holds `specforge`'s loss and gradients to ours, from the same weights at the same anchors.
+
+    Args:
+        case: Inputs.
+        attention: Which of its own.
 
     Returns and raises as `check_ours`. It shows that both are timed at the same arithmetic.
     """
-    ours, theirs = Ours(case, plain()), SpecForge(case)
+    ours, theirs = Ours(case, plain()), SpecForge(case, attention)
     assert ours.module.drafter is not None
     theirs.drafter.load_state_dict(ours.module.drafter.state_dict())
     anchors = case.batch.anchors
@@ -308,11 +312,14 @@ def _check(case: Case, shapes: str, drafters: Sequence[str]) -> None:
     print(f"{shapes}: ours against its eager twin {check_ours(case)}", flush=True)
     forget()
     if "specforge" in drafters:
-        try:
-            print(f"{shapes}: specforge against ours {check_specforge(case)}", flush=True)
-        except Exception as error:  # a peer's fault is a result
-            print(f"{shapes}: specforge against ours: {_short(error)}", flush=True)
-        forget()
+        # its dense attention too: tells a fault of its kernel from one of the comparison
+        for attention in dict.fromkeys((SpecForge.default_attention(case), "eager")):
+            try:
+                found = str(check_specforge(case, attention))
+            except Exception as error:  # a peer's fault is a result
+                found = _short(error)
+            print(f"{shapes}: specforge ({attention}) against ours: {found}", flush=True)
+            forget()
 
 
 def _measured(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any]:
