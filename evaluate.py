@@ -45,6 +45,8 @@ def run_report(options: argparse.Namespace) -> None:
     searches = searches_of(options)
     drafters, unreadable = load_all(options.ckpt, options.block_size)
     target = target_for(drafters, options)
+    if settings.decodes and any(searches):
+        _ = target.tree_masks  # says now what it can't do, not after hours
     drafters, misfits = sort_by_fit(drafters, target)
     misfits = [*unreadable, *misfits]
     prompts, follow_up = prompts_for(target, options)

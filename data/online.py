@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 KEPT_AT_ONCE = 32_768
 """Tokens, padding included, that the target runs at once for features to keep: so many that a small
 one does not wait for its launches."""
+KEPT_BATCHES = 8
+"""No more of them than in so many of the run's batches."""
 
 
 class OnlineHiddenStates(LightningDataModule):
@@ -245,13 +247,15 @@ class OnlineHiddenStates(LightningDataModule):
         """Runs the target on all training rows that are not kept yet, those of like length at once.
 
         Much faster than batch by batch; and which rows run together, so how their features are
-        rounded, is the same wherever a run resumes. Where epochs are cut short, features are
-        computed when a batch asks for them.
+        rounded, is the same wherever a run resumes. Where epochs are cut short, or a rank sees a
+        part of the rows, features are computed when a batch asks for them.
         """
         trainer, rows = self.trainer, self.train_rows
         if not self.keep_in_memory or trainer is None or dataset.features is not None:
             return
-        whole = -(-len(rows) // (self.batch_size * trainer.world_size))
+        if trainer.world_size > 1 or trainer.fit_loop.done:
+            return
+        whole = -(-len(rows) // self.batch_size)
         steps = whole if trainer.max_steps < 0 else trainer.max_steps
         if min(self.batches_per_epoch(), steps * trainer.accumulate_grad_batches) < whole:
             return
@@ -259,9 +263,12 @@ class OnlineHiddenStates(LightningDataModule):
         last = last_hidden is not None
         keeper = self._keeper(last_hidden)
         assert isinstance(keeper, RememberedFeatures)
+        lengths = [rows.tokens(i) for i in range(len(rows))]
+        # what a batch takes is some measure of what the target's layers may take
+        most = min(KEPT_AT_ONCE, KEPT_BATCHES * self.batch_size * max(lengths, default=1))
         groups = [
             group
-            for group in batches_by_length([len(row.input_ids) for row in rows], KEPT_AT_ONCE)
+            for group in batches_by_length(lengths, most)
             if not keeper.holds(TRAIN, layer_ids, [rows[i].sample_id for i in group], last)
         ]
         hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero or not groups

@@ -73,6 +73,7 @@ class Decoded:
         ids: Response token ids, with the EOS that ended it.
         rounds: In order; the first token is prefill's and belongs to none.
         drafts: N argmax draft tokens of each round, also where sampled ones were verified.
+        trees: Depths of the nodes of each round's tree, where trees were.
         seconds: By phase: prefill, draft, verify, bookkeeping; synchronised on CUDA.
         finished: Whether an EOS ended it.
     """
@@ -80,6 +81,7 @@ class Decoded:
     ids: list[int]
     rounds: list[Round] = field(default_factory=list)
     drafts: list[list[int]] = field(default_factory=list)
+    trees: list[list[int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     finished: bool = False
 

@@ -130,7 +130,8 @@ def replay_trees(
     """As `replay_slots`, of trees of drafts that are verified by sample-and-match.
 
     A slot is accepted iff the trajectory's tokens up to it are in the anchor's tree; which they are
-    is certain, at any temperature. `drafts` and `match` are those of the argmax draft.
+    is certain, at any temperature: the counts are those of this trajectory. `drafts` and `match`
+    are those of the argmax draft.
 
     Args:
         drafter: The unwrapped drafter.
@@ -145,11 +146,12 @@ def replay_trees(
         anchors_per_chunk: Bounds memory: blocks denoised at once.
     """
     block_size = drafter.config.block_size
-    if len(input_ids) - prompt_length == 1:
+    response = len(input_ids) - prompt_length
+    if response == 1:
         return _no_anchor(block_size)
     anchors_T, _, valid_TN, labels_TN = _slots(input_ids, prompt_length, block_size)
     wanted = [row[valid].tolist() for row, valid in zip(labels_TN, valid_TN, strict=True)]
-    drafts, reached = [], list[int]()
+    drafts, reached, nodes = [], list[int](), list[int]()
     at_once = max(1, head.chunk_rows() // (block_size - 1))
     for hidden_CND in _chunks(
         drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk
@@ -159,17 +161,18 @@ def replay_trees(
             drafts.append(argmax(logits_GNV))
             place, (count, slots) = len(reached), states_GND.shape[:2]
             trees = grow(search, logits_GNV, search.uniforms(seed, key, place, count, slots))
-            reached += [
-                len(tree.follow(tokens))
-                for tree, tokens in zip(trees, wanted[place : place + count], strict=True)
-            ]
+            for tree, tokens in zip(trees, wanted[place : place + count], strict=True):
+                reached.append(len(tree.follow(tokens)))
+                nodes.append(sum(depth <= response - 1 - len(nodes) for depth in tree.depths))
     drafts_TN = torch.cat(drafts)
-    slot_N = np.arange(block_size - 1)
+    slot_N, reached_T = np.arange(block_size - 1), np.array(reached)
     return SlotResults(
         drafts_TN.cpu().numpy(),
         ((drafts_TN == labels_TN) & valid_TN).cpu().numpy(),
         valid_TN.cpu().numpy(),
-        (slot_N < np.array(reached)[:, None]).astype(np.float64),
+        (slot_N < reached_T[:, None]).astype(np.float64),
+        reached=reached_T,
+        nodes=np.array(nodes),
     )
 
 

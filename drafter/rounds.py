@@ -31,6 +31,8 @@ class SlotResults:
             (given that its block got there): 0 or 1 when greedy; 0 past the end.
         zero_target: Response tokens whose given log p is -inf: the target can't have drawn them, so
             the trajectory is not quite this target's. There min(1, q/p) is 1 if q > 0, else 0.
+        reached: (T,) int64, tokens of each anchor's tree of drafts that were accepted, and
+        nodes: (T,) int64, nodes of it within the response; None where there is one draft.
     """
 
     drafts: np.ndarray
@@ -38,6 +40,8 @@ class SlotResults:
     valid: np.ndarray
     accept: FloatArray
     zero_target: int = 0
+    reached: np.ndarray | None = None
+    nodes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,17 @@ class ResponseCounts:
         emitted: Tokens emitted in rounds: response tokens - 1 (prefill emits the first).
         rounds: Target passes without prefill.
         accepted: Accepted drafted tokens.
-        drafted: Drafted slots within the response.
+        drafted: Drafted slots (of trees, nodes) within the response.
         unclipped: Sum of lengths in tau_unclipped's convention.
         per_response: Tokens per round of this response, emitted / rounds; 0 without a round. Where
             acceptance is a probability it is the mean of that ratio, which is larger than the ratio
             of means (by 4 % for 20 tokens at tau 2).
         accepted_at: (N,) rounds whose slot k was accepted.
         reached_at: (N,) rounds whose slots 1..k-1 were accepted and which drafted slot k.
-        matched: Argmax drafts that equal the trajectory's token, over the rounds walked.
-        wasted: Those of them that stand after their block's first error.
+        matched: Argmax drafts that equal the trajectory's token, over the rounds walked; of trees,
+            accepted tokens too.
+        wasted: Those of them that stand after their block's first error, or a tree's last accepted
+            token.
         matched_all_anchors: As `matched`, over all anchors.
         wasted_all_anchors: As `wasted`, over all anchors. The real loop sees only its rounds'
             anchors, so both are nan there.
@@ -121,12 +127,13 @@ def count_rounds(slots: SlotResults) -> ResponseCounts:
                 accepts.append(int(n))
     visit_T1 = visit[:last, None]
     accepted_at = (visit_T1 * prefix[:, 1:]).sum(0)
-    wasted_T, matched_T = waste_by_anchor(slots.match)
+    wasted_T, matched_T = waste_by_anchor(slots.match, slots.reached)
+    nodes_T = slots.valid.sum(1) if slots.nodes is None else slots.nodes
     return ResponseCounts(
         emitted=float(last),
         rounds=float(visit_T1.sum()),
         accepted=float(accepted_at.sum()),
-        drafted=float((visit_T1 * slots.valid).sum()),
+        drafted=float((visit[:last] * nodes_T).sum()),
         unclipped=float((visit[:last] * unclipped).sum()),
         per_response=last / len(lengths) if certain and last else mean_length(exactly),
         accepted_at=accepted_at,
@@ -171,16 +178,23 @@ def mean_length(exactly: FloatArray) -> float:
     return float((ended_G[1:] * last / np.arange(1, last + 1)).sum())
 
 
-def waste_by_anchor(match: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def waste_by_anchor(
+    match: np.ndarray, reached: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns (T,) right drafts after the block's first error, and (T,) all right drafts.
 
     Args:
         match: (T, N) bool, draft equals the trajectory's token.
+        reached: (T,) tokens of a tree that were accepted: these are right, and what is right in the
+            argmax draft beyond them is wasted.
 
     Example:
         >>> waste_by_anchor(np.array([[True, False, True, True]]))
         (array([2]), array([3]))
     """
+    if reached is not None:
+        wasted_T = (match & (np.arange(match.shape[1]) >= reached[:, None])).sum(1)
+        return wasted_T, wasted_T + reached
     matched_T = match.sum(1)
     kept_T = np.cumprod(match, axis=1).sum(1)
     return matched_T - kept_T, matched_T
@@ -191,6 +205,7 @@ def count_decoded(
     drafts: Sequence[Sequence[int]],
     response: Sequence[int],
     num_drafted: int | None = None,
+    trees: Sequence[Sequence[int]] = (),
 ) -> ResponseCounts:
     """Returns the same sums for a response that the real loop made.
 
@@ -200,6 +215,7 @@ def count_decoded(
             N, fewer from a drafter that stops early.
         response: The response's token ids.
         num_drafted: N; None for the length of the longest draft.
+        trees: Of rounds that verified trees, their nodes' depths.
     """
     last = len(response) - 1
     block = max(map(len, drafts), default=0) if num_drafted is None else num_drafted
@@ -207,11 +223,15 @@ def count_decoded(
     visits, emitted_from = np.zeros(last), np.zeros(last)
     matched = wasted = drafted = 0
     t = 0
-    for round_, draft in zip(rounds, drafts, strict=True):
+    for number, (round_, draft) in enumerate(zip(rounds, drafts, strict=True)):
         room = min(len(draft), last - t)
         match = np.array([draft[k] == response[t + 1 + k] for k in range(room)], dtype=bool)
-        lost, right = waste_by_anchor(match[None])
-        wasted, matched, drafted = wasted + lost[0], matched + right[0], drafted + room
+        reached, nodes = None, room
+        if trees:
+            reached = np.array([round_.accepted])
+            nodes = sum(depth <= last - t for depth in trees[number])
+        lost, right = waste_by_anchor(match[None], reached)
+        wasted, matched, drafted = wasted + lost[0], matched + right[0], drafted + nodes
         accepted_at[: round_.accepted] += 1
         reached_at[: min(round_.accepted + 1, room)] += 1
         visits[t], emitted_from[t] = 1.0, round_.length

@@ -65,7 +65,9 @@ class Search:
             >>> Search("tree", budget=60).label, Search("self-select", drafts=4).label
             ('tree of 60', '4 drafts')
         """
-        return f"tree of {self.budget}" if self.kind == "tree" else f"{self.drafts} drafts"
+        if self.kind == "tree":
+            return f"tree of {self.budget}"
+        return "1 draft" if self.drafts == 1 else f"{self.drafts} drafts"
 
     def uniforms(self, seed: int, key: int, place: int, count: int, slots: int) -> Tensor:
         """Returns (count, M - 1, slots) fp64: what drafts from response tokens `place` ... take.
@@ -186,10 +188,21 @@ def grow(search: Search, logits_TNV: Tensor, uniforms_TMN: Tensor) -> list[Token
     """
     if search.kind == "tree":
         logits_TNV = logits_TNV if logits_TNV.dtype == torch.float64 else logits_TNV.float()
-        top = logits_TNV.topk(min(search.budget, logits_TNV.shape[-1]))
-        log_probs_TNR = top.values.double() - logits_TNV.logsumexp(-1, keepdim=True)
-        pairs = zip(log_probs_TNR.tolist(), top.indices.tolist(), strict=True)
+        top_TNR, ids_TNR = _top(logits_TNV, min(search.budget, logits_TNV.shape[-1]))
+        log_probs_TNR = top_TNR.double() - logits_TNV.logsumexp(-1, keepdim=True)
+        pairs = zip(log_probs_TNR.tolist(), ids_TNR.tolist(), strict=True)
         return [best_first(log_probs, ids, search.budget) for log_probs, ids in pairs]
     others_TNM = draw_several(warp(logits_TNV, Sampling(1.0)), uniforms_TMN.transpose(1, 2))
     drafts_TMN = torch.cat((argmax(logits_TNV)[:, None], others_TNM.transpose(1, 2)), 1)
     return [merged(drafts) for drafts in drafts_TMN.tolist()]
+
+
+def _top(logits_TNV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest logits (T, N, R) and their ids, falling; equal ones by rising id.
+
+    torch.topk orders equal ones as it pleases; which of those that tie at the cut are left out is
+    left to it.
+    """
+    ids_TNR = logits_TNV.topk(count).indices.sort(-1).values
+    top = logits_TNV.gather(-1, ids_TNR).sort(stable=True, dim=-1, descending=True)
+    return top.values, ids_TNR.gather(-1, top.indices)

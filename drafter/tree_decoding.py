@@ -91,6 +91,7 @@ def decode_with_search(
         out.ids += round_.tokens
         out.rounds.append(round_)
         out.drafts.append(argmax(draft_logits).tolist())
+        out.trees.append(tree.depths)
         out.finished = out.ids[-1] in eos_token_ids
         clock.lap("bookkeeping", target_logits)
     out.seconds = clock.seconds

@@ -12,7 +12,7 @@ import evaluate
 from drafter.evaluation.loading import load_drafter
 from drafter.evaluation.measure import decode_prompt
 from drafter.evaluation.measured_sets import Bench
-from drafter.evaluation.results import read_result
+from drafter.evaluation.results import merge, read_result
 from drafter.evaluation.trajectories import (
     EvalPrompt,
     TrajectorySettings,
@@ -133,7 +133,9 @@ def test_several_searches_are_measured_side_by_side_and_kept_apart(place, monkey
         lengths.append(average["accepted_length"]["value"])
     assert lengths[1] > lengths[0]
     assert lengths[2] > lengths[0]
-    assert len(result["agreement"]) == 1  # of the one draft; trees' rounds are held together above
+    assert [check["identical"] for check in result["agreement"]] == [11, 11, 11]
+    assert [d["search"] for d in result["drafters"]] == [None, "tree of 12", "3 drafts", None]
+    assert [d["name"] for d in merge([result, result])["drafters"]] == names
     # none of it is measured again, and none is taken for another
     monkeypatch.setattr(Bench, "_row", None)
     again = run(place, *asked, drafters=("poor",), cache="searches")

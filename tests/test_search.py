@@ -14,9 +14,16 @@ import torch
 
 from drafter.decoding import CachedDrafter, decode_plainly
 from drafter.errors import UserError
-from drafter.evaluation.measure import decode_prompt, replay_trajectory
+from drafter.evaluation.measure import STREAM_DECODE, decode_prompt, replay_trajectory
 from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySettings
-from drafter.sampling import GREEDY, GeneratorSource, Sampling
+from drafter.sampling import (
+    GREEDY,
+    STREAM_SEARCH,
+    STREAM_TARGET,
+    STREAM_THINNING,
+    GeneratorSource,
+    Sampling,
+)
 from drafter.search import ROOT, Search, TokenTree, best_first, grow, merged
 from drafter.target_masks import AttentionMasks
 from drafter.tree_decoding import CachedTreeTarget, decode_with_search
@@ -97,6 +104,19 @@ def test_several_drafts_hold_the_argmax_one_and_follow_the_marginals():
     for tokens in itertools.product(range(3), repeat=2):
         expected = math.exp(sum(float(log_probs[k, t]) for k, t in enumerate(tokens)))
         assert abs(drawn[tokens] - expected) < 4 * math.sqrt(expected / count)
+
+
+def test_equal_marginals_are_taken_lowest_id_first():
+    (tree,) = grow(Search("tree", budget=3), torch.zeros(1, 2, 3), torch.zeros(1, 0, 2))
+    assert beginnings(tree) == [(0,), (1,), (2,)]
+    logits = torch.zeros(1, 1, 1000)
+    logits[0, 0, [7, 400]] = 3.0
+    (tree,) = grow(Search("tree", budget=2), logits, torch.zeros(1, 0, 1))
+    assert tree.tokens == [7, 400]
+
+
+def test_streams_of_random_numbers_are_apart():
+    assert len({STREAM_TARGET, STREAM_THINNING, STREAM_DECODE, STREAM_SEARCH}) == 4
 
 
 def test_drafts_that_are_drawn_depend_on_seed_prompt_and_place_alone():
@@ -233,7 +253,7 @@ def test_a_tree_and_its_cache_are_those_of_its_paths(setup):
     )
 
 
-def test_a_larger_tree_never_makes_more_rounds(setup):
+def test_a_larger_tree_makes_fewer_rounds(setup):
     target, drafter = setup
     settings = TrajectorySettings(NEW)
     rounds = {
@@ -241,9 +261,9 @@ def test_a_larger_tree_never_makes_more_rounds(setup):
             len(decode_prompt(drafter, target, ids, settings, search=Search("tree", budget)).rounds)
             for ids in PROMPTS
         )
-        for budget in (1, 4, 16, 64)
+        for budget in (1, 64)
     }
-    assert rounds[64] < rounds[1]  # between them one may part at a worse place
+    assert rounds[64] < rounds[1]
 
 
 def test_a_target_that_reads_masks_in_another_way_is_refused(tmp_path, monkeypatch):

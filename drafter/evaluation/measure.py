@@ -341,7 +341,7 @@ def decode_trajectory(
 
 def measured(trajectory: Trajectory, decoded: Decoded, num_drafted: int) -> MeasuredResponse:
     """Returns what the real loop did on a trajectory's prompt, counted."""
-    counts = count_decoded(decoded.rounds, decoded.drafts, decoded.ids, num_drafted)
+    counts = count_decoded(decoded.rounds, decoded.drafts, decoded.ids, num_drafted, decoded.trees)
     return MeasuredResponse(trajectory, counts, counts, decoded.ids, decoded.seconds)
 
 

@@ -132,8 +132,9 @@ def report(
     if settings.decodes:
         for name, measured in bench.decode(fitting, prepared.prompts).items():
             found.setdefault(name, {})["decode"] = measured
-    for modes in found.values():
-        for mode, measured in modes.items():
+    searched = {loaded.name for loaded in fitting if loaded.search is not None}
+    for name, modes in found.items():
+        for mode, measured in modes.items() if name not in searched else ():
             Rates(settings.folder, target).put(mode, measured.new_seconds, measured.new_tokens)
     result = {
         "format": FORMAT,
@@ -228,6 +229,7 @@ def _drafter_entry(
         "path": drafter.path if drafter else None,
         "fingerprint": drafter.fingerprint if drafter else PROMPT_LOOKUP,
         "block_size": slots + 1,
+        "search": drafter.search.label if drafter and drafter.search else None,
         "responses": {},
         "samples": [],
         "seconds": {},
@@ -258,7 +260,16 @@ def _hold_together(
         for group in by_set(prepared.trajectories)
     }
     for loaded in drafters:
-        if loaded.search is not None:  # its rounds are explained by tests, not by one draft's pass
+        decoded = found[loaded.name]["decode"]
+        replayed = (
+            {t.place: t for t in found[loaded.name]["replay"].tallies} if settings.replays else {}
+        )
+        if loaded.search is not None:  # counted; what explains a difference looks at one draft
+            if settings.replays:
+                alike = [
+                    t.round_lengths == replayed[t.place].round_lengths for t in decoded.tallies
+                ]
+                out.setdefault("agreement", []).append(_counted(loaded.name, alike))
             continue
         model = loaded.drafter.to(device=bench.target.device, dtype=bench.target.dtype)
         auditor = Auditor(
@@ -269,7 +280,6 @@ def _hold_together(
             settings.batch_size,
             bench.anchors_per_chunk,
         )
-        decoded = found[loaded.name]["decode"]
         if settings.audit:
             texts = [
                 auditor.compare_texts(places[place], ids, decoded.plain_ids[place])
@@ -277,7 +287,6 @@ def _hold_together(
             ]
             out.setdefault("audit", []).append(_verdicts(loaded.name, texts))
         if settings.replays:
-            replayed = {t.place: t for t in found[loaded.name]["replay"].tallies}
             rounds = [
                 auditor.compare_rounds(
                     trajectories[tally.place],
@@ -290,6 +299,15 @@ def _hold_together(
             ]
             out.setdefault("agreement", []).append(_verdicts(loaded.name, rounds))
     return out
+
+
+def _counted(name: str, alike: Sequence[bool]) -> dict[str, Any]:
+    """As `_verdicts`, where nothing is explained."""
+    return {
+        **_verdicts(name, [None] * len(alike)),
+        "identical": sum(alike),
+        "unexplained": len(alike) - sum(alike),
+    }
 
 
 def _verdicts(name: str, divergences: Sequence[Divergence | None]) -> dict[str, Any]:

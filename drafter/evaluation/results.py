@@ -130,18 +130,18 @@ def _both_have(pair: tuple[Figures, Figures], figure: str) -> bool:
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns one result of several partial ones; of a response in two, the later file's counts.
 
-    A drafter is known by its fingerprint and block size, whatever it is called.
+    A drafter is known by its fingerprint, block size and search, whatever it is called.
 
     Raises:
         UserError: They are of different targets, settings or prompts, or were timed on different
             devices.
     """
     _check_mergeable(results)
-    drafters: dict[tuple[Any, Any], dict[str, Any]] = {}
+    drafters: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         for drafter in result["drafters"]:
             known = drafters.setdefault(
-                (drafter["fingerprint"], drafter["block_size"]),
+                (drafter["fingerprint"], drafter["block_size"], drafter.get("search")),
                 {**drafter, "responses": {}, "samples": [], "names": []},
             )
             known["names"].append(drafter["name"])
