@@ -224,6 +224,27 @@ def test_sampled_text_is_that_of_the_target_alone_with_the_same_numbers(setup, s
         assert engine.committed == [*prompt_ids, *found.ids[:-1]]
 
 
+def test_a_path_that_the_limit_cuts_leaves_nothing_behind_in_the_cache(setup):
+    target, drafter = setup
+    cut = 0
+    for limit in range(2, 14):
+        engine = CachedTreeTarget(target, drafter.config.target_layer_ids)
+        found = decode_with_search(
+            engine,
+            CachedDrafter(drafter, target, engine),
+            PROMPTS[1],
+            search=Search("tree", budget=40),
+            max_new_tokens=limit,
+            eos_token_ids=(),
+        )
+        assert len(found.ids) == limit
+        assert engine.committed == [*PROMPTS[1], *found.ids[:-1]]
+        assert engine.session.length == len(engine.committed)
+        last = found.rounds[-1]
+        cut += last.accepted == last.length
+    assert cut > 0  # a round that ends with an accepted token
+
+
 def test_a_tree_and_its_cache_are_those_of_its_paths(setup):
     target, drafter = setup
     layer_ids = drafter.config.target_layer_ids
