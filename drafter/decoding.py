@@ -85,6 +85,13 @@ class Decoded:
     seconds: dict[str, float] = field(default_factory=dict)
     finished: bool = False
 
+    def take(self, round_: Round, draft: list[int], eos_token_ids: Collection[int]) -> None:
+        """Adds a round and its argmax draft."""
+        self.ids += round_.tokens
+        self.rounds.append(round_)
+        self.drafts.append(draft)
+        self.finished = self.ids[-1] in eos_token_ids
+
     @property
     def round_lengths(self) -> list[int]:
         """Tokens emitted by each round."""
@@ -138,10 +145,8 @@ def decode_speculatively(
         )
         # the anchor and all but the newest emitted token have been run
         target.commit(round_.length)
-        out.ids += round_.tokens
-        out.rounds.append(round_)
-        out.drafts.append(argmax(draft_logits).tolist() if q_NV is not None else draft)
-        out.finished = out.ids[-1] in eos_token_ids
+        argmax_draft = argmax(draft_logits).tolist() if q_NV is not None else draft
+        out.take(round_, argmax_draft, eos_token_ids)
         clock.lap("bookkeeping", target_logits)
     out.seconds = clock.seconds
     return out

@@ -12,7 +12,7 @@ whose common beginnings are merged. Verification follows the target's own tokens
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -32,6 +32,7 @@ from drafter.sampling import (
 
 ROOT = -1
 """Parent of a tree's first tokens: the anchor."""
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,25 @@ class TokenTree(NamedTuple):
             >>> TokenTree([5, 6, 7], [ROOT, 0, ROOT]).follow([5, 6, 9])
             [0, 1]
         """
+        left = iter(tokens)
+        return self.walk(lambda _: next(left, NO_TOKEN))[0]
+
+    def walk(self, choose: Callable[[int], int]) -> tuple[list[int], int]:
+        """Goes from the anchor to the child that is the chosen token, as long as there is one.
+
+        Args:
+            choose: Gives the token behind a place, or behind the anchor (ROOT).
+
+        Returns:
+            The places gone through, and the token that was not there.
+        """
         children, path, at = self.children(), list[int](), ROOT
-        for token in tokens:
+        while True:
+            token = choose(at)
             if (at, token) not in children:
-                break
+                return path, token
             at = children[at, token]
             path.append(at)
-        return path
 
 
 def best_first(

@@ -103,11 +103,11 @@ class TargetSession:
 
     def keep(self, held: int, places: Tensor) -> None:
         """Keeps the first `held` tokens, and of the others those at `places` (m,) behind them."""
-        index = torch.cat((torch.arange(held, device=places.device), held + places))
+        length = held + len(places)
         for layer in self._cache.layers:
-            layer.keys = layer.keys.index_select(2, index.to(layer.keys.device))
-            layer.values = layer.values.index_select(2, index.to(layer.values.device))
-        self.length = len(index)
+            for states in (layer.keys, layer.values):  # what is held stays where it is
+                states[:, :, held:length] = states.index_select(2, held + places)
+        self.crop(length)
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens."""

@@ -88,11 +88,8 @@ def decode_with_search(
         )
         # the anchor and all but the newest emitted token have been run
         target.commit_path(path[: round_.length - 1])
-        out.ids += round_.tokens
-        out.rounds.append(round_)
-        out.drafts.append(argmax(draft_logits).tolist())
+        out.take(round_, argmax(draft_logits).tolist(), eos_token_ids)
         out.trees.append(tree.depths)
-        out.finished = out.ids[-1] in eos_token_ids
         clock.lap("bookkeeping", target_logits)
     out.seconds = clock.seconds
     return out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from drafter.sampling import RandomSource
-from drafter.search import ROOT, TokenTree
+from drafter.search import TokenTree
 
 
 class Verdict(NamedTuple):
@@ -129,17 +129,11 @@ def verify_tree(tree: TokenTree, choose: Callable[[int], int]) -> tuple[list[int
         Places of the accepted tokens, and the target's token after them.
 
     Example:
-        >>> wanted = {ROOT: 5, 0: 8, 1: 4, 2: 3}
-        >>> verify_tree(TokenTree([5, 6, 8], [ROOT, 0, 0]), wanted.__getitem__)
+        >>> wanted = {-1: 5, 0: 8, 1: 4, 2: 3}
+        >>> verify_tree(TokenTree([5, 6, 8], [-1, 0, 0]), wanted.__getitem__)
         ([0, 2], 3)
     """
-    children, path, at = tree.children(), list[int](), ROOT
-    while True:
-        token = choose(at)
-        if (at, token) not in children:
-            return path, token
-        at = children[at, token]
-        path.append(at)
+    return tree.walk(choose)
 
 
 def clip_round(
