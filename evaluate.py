@@ -118,6 +118,7 @@ def run_ablation(options: argparse.Namespace) -> None:
     settings = settings_from(options)
     grids = [read_grid(path) for path in options.config]
     features = FeatureStore(int(options.feature_budget_gb * 1e9))
+    overlaps: dict[str, Any] = {}  # reading all training rows takes longer than measuring a row
 
     def measure(run_dir: Path, sizes: Sequence[int | None]) -> list[dict[str, Any]]:
         checkpoint = str(run_dir / "checkpoints" / "last.ckpt")  # the budget's end, not its best
@@ -127,7 +128,7 @@ def run_ablation(options: argparse.Namespace) -> None:
             target = target_for([loaded], options)
             prompts, follow_up = prompts_for(target, options)
             result = report([loaded], target, prompts, follow_up, settings, features)
-            result["overlap"] = overlap_with_runs([loaded], prompts, target.tokenizer)
+            result["overlap"] = overlap_with_runs([loaded], prompts, target.tokenizer, overlaps)
             results.append(result)
         return results
 

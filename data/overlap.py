@@ -125,7 +125,10 @@ def training_texts(
 
 
 def overlap_with_runs(
-    drafters: Sequence[LoadedDrafter], prompts: Sequence[Prompt], tokenizer: Any
+    drafters: Sequence[LoadedDrafter],
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    checked: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns, by drafter, each set's overlap with its training rows, or why it isn't known.
 
@@ -133,8 +136,9 @@ def overlap_with_runs(
         drafters: Whose run's config.yaml says what they were trained on.
         prompts: That they are measured on.
         tokenizer: The target's.
+        checked: What earlier calls with the same prompts have found, by training rows; added to.
     """
-    checked: dict[str, Any] = {}
+    checked = {} if checked is None else checked
     found: dict[str, Any] = {}
     for loaded in drafters:
         if loaded.run_config is None:
