@@ -153,7 +153,8 @@ def run_ablation(options: argparse.Namespace) -> None:
             "--share and --budget, once all rows are there."
         )
         return
-    write_ablation(ablation.results(grids, options.seeds), Path(options.output))
+    tables = options.tables and Path(options.tables)
+    write_ablation(ablation.results(grids, options.seeds), Path(options.output), tables)
 
 
 def train_row(arguments: list[str], run_dir: Path) -> train.DrafterCLI:

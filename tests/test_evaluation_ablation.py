@@ -124,6 +124,86 @@ def test_processes_share_rows_and_tables_come_last(place, capsys):
     assert [d["name"] for d in result["drafters"]] == ["uniform", "+ chain"]
 
 
+def test_a_grid_s_page_has_its_rows_their_gain_and_its_plots(place):
+    run(place, "--tables", str(place / "pages"), seeds=2)
+    page = (place / "pages" / "grid.md").read_text()
+    result = json.loads((place / "pages" / "grid.json").read_text())
+    base, chain = (
+        row["figures"]["replay"]["average"]["accepted_length"]["value"]
+        for row in result["drafters"]
+    )
+    (line,) = [
+        line for line in page.splitlines() if line.startswith("| + chain | ") and "%" in line
+    ]
+    assert line.endswith(f"{100 * (chain / base - 1):+.1f} % |")
+    assert f"{chain:.3f}" in line
+    assert "2 seeds a row" in page
+    assert "| + chain | uniform | " in page  # the paired difference
+    lengths = result["drafters"][0]["figures"]["replay"]["by_prompt_length"]
+    assert sum(row["prompts"] for row in lengths) == 4
+    for picture in re.findall(r"\]\(([^)]+)\)", page):
+        assert (place / "pages" / picture).read_bytes().startswith(b"\x89PNG")
+    assert page.count("](") == 3
+
+
+def test_rows_are_compared_on_the_seeds_that_both_have(place):
+    run(place, seeds=2)
+    both = results(place)[0]["comparisons"]
+    assert {row["runs"] for row in both} == {2}
+    rows = place / "out" / "rows"
+    next(rows.glob("uniform-*-seed0-*.json")).unlink()
+    grid = read_grid(place / "grid.yaml")
+    # a row that is not there would be trained by the command; its table is made directly
+    ablation = ablation_module.Ablation(
+        place / "out",
+        train=None,
+        measure=None,
+        measured_as=json.loads(next(rows.iterdir()).read_text())["measured_as"],
+    )
+    (result,) = ablation.results([grid], seeds=2)
+    assert [row["runs"] for row in result["drafters"]] == [1, 2]
+    alone = {row["set"]: row for row in result["comparisons"] if row["figure"] == "accepted_length"}
+    assert {row["runs"] for row in alone.values()} == {1}
+
+    def length(name, seed):
+        content = json.loads(next(rows.glob(f"{name}-*-seed{seed}-*.json")).read_text())
+        (drafter,) = [d for r in content["results"] for d in r["drafters"]]
+        return drafter["figures"]["replay"]["average"]["accepted_length"]["value"]
+
+    wanted = length("chain", 1) - length("uniform", 1)
+    assert alone["average"]["difference"]["value"] == pytest.approx(wanted)
+
+
+def test_a_table_names_the_rows_machines_and_dates_not_its_own(place):
+    run(place)
+    for n, path in enumerate(sorted((place / "out" / "rows").glob("*.json"))):
+        content = json.loads(path.read_text())
+        content |= {"device_name": "a card", "date": f"2026-01-0{n + 1}"}
+        path.write_text(json.dumps(content))
+    run(place)
+    (result,) = results(place)
+    assert result["device_name"] == "a card"
+    assert result["date"] == "2026-01-01, 2026-01-02"
+    assert result["command"]
+
+
+def test_benchmarks_are_known_by_what_they_hold_not_by_where_they_lie(place, capsys):
+    for name in ("here", "there"):
+        (place / name).mkdir()
+        (place / name / "gsm8k.jsonl").write_text(
+            json.dumps({"turns": ["What is 2 and 3?"]}) + "\n"
+        )
+    extra = ["--benchmarks", "gsm8k"]
+    run(place, *extra, "--benchmark-dir", str(place / "here"))
+    capsys.readouterr()
+    run(place, *extra, "--benchmark-dir", str(place / "there"))
+    assert capsys.readouterr().out.count("is there: ") == 2
+    (place / "there" / "gsm8k.jsonl").write_text(json.dumps({"turns": ["What is 3 and 4?"]}) + "\n")
+    file_stamp.cache_clear()  # as a new process
+    run(place, *extra, "--benchmark-dir", str(place / "there"), "--dry-run")
+    assert "done" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("share", ["0/2", "3/2", "2"])
 def test_a_share_that_is_none_is_one_sentence(place, capsys, share):
     with pytest.raises(SystemExit):

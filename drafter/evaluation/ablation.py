@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,25 @@ from drafter.files import pieces, write_atomic
 
 ROW_FORMAT = 2
 OLDER = " [older recipe"
+RECORD = ("date", "revision", "torch", "device_name")
+"""What a table says of the runs that it is made of; several values stand side by side."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished row's drafter, at one block size.
+
+    Attributes:
+        seed: Of its run.
+        drafter: Its entry in `result`.
+        result: See drafter.evaluation.results.
+        record: See `RECORD`.
+    """
+
+    seed: int
+    drafter: dict[str, Any]
+    result: dict[str, Any]
+    record: dict[str, Any]
 
 
 @dataclass
@@ -193,7 +212,7 @@ class Ablation:
         return [self._result(grid, seeds, resamples) for grid in grids]
 
     def _result(self, grid: Grid, seeds: int, resamples: int) -> dict[str, Any]:
-        entries: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+        entries: dict[str, list[Found]] = {}
         families: dict[str, str] = {}
         for row in grid.rows:
             families[row.name] = row.family(self.overrides)
@@ -209,38 +228,41 @@ class Ablation:
                 self._collect(entries, content, f"{name}{OLDER} {family}]")
         if not entries:
             raise UserError(f"{self.folder}: no row of {grid.name} is finished yet.")
-        first = next(iter(entries.values()))[0][1]
+        first = next(iter(entries.values()))[0].result
         return {
             **{k: v for k, v in first.items() if k not in ("drafters", "audit", "agreement")},
             **self.record,
+            **_record(entries),
             "format": FORMAT,
             "grid": grid.name,
             "drafters": [_entry(name, found, resamples) for name, found in entries.items()],
             "comparisons": _comparisons(entries, resamples),
             "overlap": {
-                name: found[0][1].get("overlap", {}).get(found[0][0]["name"], {})
+                name: found[0].result.get("overlap", {}).get(found[0].drafter["name"], {})
                 for name, found in entries.items()
             },
             **{
                 key: [
                     {**check, "drafter": name}
                     for name, found in entries.items()
-                    for drafter, result in found
-                    for check in result.get(key) or []
-                    if check["drafter"] == drafter["name"]
+                    for one in found
+                    for check in one.result.get(key) or []
+                    if check["drafter"] == one.drafter["name"]
                 ]
                 for key in ("audit", "agreement")
             },
         }
 
     @staticmethod
-    def _collect(entries: dict[str, list[Any]], content: dict[str, Any], name: str) -> None:
+    def _collect(entries: dict[str, list[Found]], content: dict[str, Any], name: str) -> None:
         trained = content["settings"].get("model", {}).get("block_size")
+        record = {key: content.get(key) for key in RECORD}
         for result in content["results"]:
             for drafter in _models(result):
                 size = drafter["block_size"]
                 label = name if size == trained else f"{name} @ K {size}"
-                entries.setdefault(label, []).append((drafter, result))
+                found = Found(content["seed"], drafter, result, record)
+                entries.setdefault(label, []).append(found)
 
 
 def _models(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -252,13 +274,20 @@ def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _entry(
-    name: str, found: Sequence[tuple[dict[str, Any], dict[str, Any]]], resamples: int
-) -> dict[str, Any]:
-    drafters = [drafter for drafter, _ in found]
+def _record(entries: Mapping[str, Sequence[Found]]) -> dict[str, str]:
+    """Returns where and when rows were trained and measured, not where the table is made."""
+    everything = [one.record for found in entries.values() for one in found]
+    return {
+        key: ", ".join(sorted({str(record[key]) for record in everything if record[key]}))
+        for key in RECORD
+    }
+
+
+def _entry(name: str, found: Sequence[Found], resamples: int) -> dict[str, Any]:
+    drafters = [one.drafter for one in found]
     figures = {}
     for mode in ("replay", "decode"):
-        runs = _runs(drafters, mode)
+        runs = _runs(found, mode)
         if runs:
             figures[mode] = describe(runs, resamples)
     return {
@@ -272,29 +301,28 @@ def _entry(
     }
 
 
-def _comparisons(
-    entries: Mapping[str, Sequence[tuple[dict[str, Any], Any]]], resamples: int
-) -> list[dict[str, Any]]:
-    """Every row against the first, and against the one before it."""
+def _comparisons(entries: Mapping[str, Sequence[Found]], resamples: int) -> list[dict[str, Any]]:
+    """Every row against the first, and against the one before it, on the seeds that both have."""
     rows = []
     names = [name for name in entries if OLDER not in name]
     for mode in ("replay", "decode"):
-        runs = {name: _runs([drafter for drafter, _ in entries[name]], mode) for name in names}
         for place, name in enumerate(names[1:], 1):
             for other in dict.fromkeys((names[0], names[place - 1])):
-                if runs[name] and runs[other]:
+                seeds = {one.seed for one in entries[name]} & {one.seed for one in entries[other]}
+                a, b = (_runs(entries[which], mode, seeds) for which in (name, other))
+                if a and len(a) == len(b):
                     rows += [
-                        {"mode": mode, "a": name, "b": other, **row}
-                        for row in compare(runs[name], runs[other], resamples)
+                        {"mode": mode, "a": name, "b": other, "runs": len(a), **row}
+                        for row in compare(a, b, resamples)
                     ]
     return rows
 
 
-def _runs(drafters: Sequence[Mapping[str, Any]], mode: str) -> Runs:
+def _runs(found: Sequence[Found], mode: str, seeds: Collection[int] | None = None) -> Runs:
     return [
-        [Tally.from_json(row) for row in drafter["responses"][mode]]
-        for drafter in drafters
-        if drafter["responses"].get(mode)
+        [Tally.from_json(row) for row in one.drafter["responses"][mode]]
+        for one in sorted(found, key=lambda one: one.seed)
+        if one.drafter["responses"].get(mode) and (seeds is None or one.seed in seeds)
     ]
 
 

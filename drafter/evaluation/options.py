@@ -83,6 +83,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         "--budget", type=float, default=math.inf, help="seconds: begin no row that would not end"
     )
     verb.add_argument("--output", required=True, metavar="DIR", help="rows, runs, table and page")
+    verb.add_argument(
+        "--tables", metavar="DIR", help="also write each grid's own page there, with its plots"
+    )
     verb.epilog = "After `--`: flags of train.py that go to every row."
     own, overrides = args, []
     if "--" in args:
@@ -164,12 +167,15 @@ def settings_from(options: argparse.Namespace) -> ReportSettings:
 
 
 def measured_as(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what figures depend on beside the drafter, as plain values: options and files."""
-    files = [*(options.prompts or ()), *filter(None, (options.benchmark_dir, options.target))]
+    """Returns what figures depend on beside the drafter, as plain values: options and files.
+
+    A folder of benchmarks is known by what it holds, wherever it lies.
+    """
+    files = [*(options.prompts or ()), *filter(None, (options.target,))]
     held = [file_stamp(path) for path in files]
     if options.benchmark_dir:
         held += [file_stamp(str(path)) for path in sorted(Path(options.benchmark_dir).glob("*"))]
-    names = "benchmarks benchmark_dir prompts limit skip target gguf_file dtype device mode audit"
+    names = "benchmarks prompts limit skip target gguf_file dtype device mode audit"
     names += " max_new_tokens temperature top_k top_p seed"
     return {**{name: getattr(options, name) for name in names.split()}, "files": held}
 

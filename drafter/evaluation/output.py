@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from drafter.evaluation.grid_page import grid_page
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.page import html_page
 from drafter.evaluation.plots import write_plots
@@ -34,12 +35,29 @@ def write_result(result: dict[str, Any], path: Path) -> None:
     print(f"figures: {path}; tables, plots and page: {stem}.md, {stem}-*.png, {stem}.html")
 
 
-def write_ablation(results: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Prints the grids' tables; writes `ablation.json`, `ablation.md` and `ablation.html`."""
+def write_ablation(
+    results: Sequence[dict[str, Any]], folder: Path, tables: Path | None = None
+) -> None:
+    """Prints the grids' tables; writes `ablation.json`, `ablation.md` and `ablation.html`.
+
+    Args:
+        results: Of the grids.
+        folder: Of these files.
+        tables: Where each grid's own page goes, `<grid>.md` with its pictures and figures
+            (`<grid>.json`); None for nowhere.
+    """
     results = [without_nan(result) for result in results]
     text = "\n".join(f"## {result['grid']}\n\n{markdown(result)}" for result in results)
     write_atomic(folder / "ablation.json", json.dumps(results, indent=1) + "\n")
     write_atomic(folder / "ablation.md", text)
     write_atomic(folder / "ablation.html", html_page(results, "Ablation"))
     print(text)
+    for result in results if tables else ():
+        assert tables is not None
+        stem = tables / result["grid"]
+        kept = [{**drafter, "samples": []} for drafter in result["drafters"]]
+        write_atomic(tables / f"{stem.name}.md", grid_page(result))
+        write_atomic(tables / f"{stem.name}.json", json.dumps({**result, "drafters": kept}) + "\n")
+        write_plots(result, stem)
+        print(f"page: {stem}.md")
     print(f"rows: {folder}/rows; tables: {folder}/ablation.md; page: {folder}/ablation.html")

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from drafter.evaluation.tallies import CONTEXT_BOUNDS, Tally
 FORMAT = 2
 AVERAGE = "average"
 COMPARED = ("accepted_length", "waste_ratio", "speedup")
+PROMPT_BOUNDS = (128, 256, 512, 1024, 2048, 4096, 8192)
+"""Ends of the classes of prompt length that figures are given for, in tokens."""
 SAME = ("settings", "dtype")
 """What result files must share to be merged, beside the target."""
 REQUIRED = ("settings", "dtype", "target", "drafters", "skipped", "misfits")
@@ -74,6 +76,7 @@ def describe(runs: Runs, resamples: int = RESAMPLES) -> dict[str, Any]:
         "sets": {name: _plain(found) for name, found in figures.items()},
         AVERAGE: _plain(average_figures(figures.values())),
         "by_context": _by_context(runs),
+        "by_prompt_length": _by_prompt_length(runs),
         "by_turn": _by_turn(runs),
     }
 
@@ -271,6 +274,19 @@ def _by_context(runs: Runs) -> list[dict[str, Any]]:
             prompts = len({(tally.set_name, tally.prompt_id) for tally in having})
             rounds = sum(tally.context_rounds[bucket] for tally in having)
             row = {"up_to": bound, "prompts": prompts, "rounds": rounds}
+            rows.append({**row, "accepted_length": asdict(found)})
+    return rows
+
+
+def _by_prompt_length(runs: Runs) -> list[dict[str, Any]]:
+    """Accepted length by tokens of context before the response, pooled over all sets."""
+    rows = []
+    for low, high in pairwise((0, *PROMPT_BOUNDS, math.inf)):
+        own = [[t for t in run if low < t.prompt_tokens <= high] for run in runs]
+        prompts = len({(t.set_name, t.prompt_id) for run in own for t in run})
+        if prompts:
+            found = estimate_figures(own, "all sets").estimate("accepted_length")
+            row = {"up_to": high if high < math.inf else None, "prompts": prompts}
             rows.append({**row, "accepted_length": asdict(found)})
     return rows
 
