@@ -22,8 +22,10 @@ from data.overlap import overlap_lines, overlap_with_runs
 from data.prompt_sets import FollowUps, Prompt
 from data.sample_rows import sample_rows
 from data.sharing import load_target, shared_between_runs
+from drafter.draft_length import read_draft_length, write_draft_length
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.ablation import Ablation
+from drafter.evaluation.calibration import find_draft_length, plot_calibration
 from drafter.evaluation.doctor import Patient, examine
 from drafter.evaluation.loading import LoadedDrafter, check_fits, load_drafter
 from drafter.evaluation.measure import FeatureStore
@@ -31,7 +33,7 @@ from drafter.evaluation.options import check_device, measured_as, parse, setting
 from drafter.evaluation.output import show, write_ablation, write_result
 from drafter.evaluation.plan import plan
 from drafter.evaluation.recipes import flat, read_grid, read_share, read_yaml
-from drafter.evaluation.report import report, sort_by_fit
+from drafter.evaluation.report import prepare, report, sort_by_fit
 from drafter.evaluation.results import merge, read_result, summarise
 from drafter.evaluation.tables import name_apart
 from drafter.files import write_atomic
@@ -51,6 +53,10 @@ def run_report(options: argparse.Namespace) -> None:
     misfits = [*unreadable, *misfits]
     prompts, follow_up = prompts_for(target, options)
     contenders = with_searches(drafters, searches)
+    if options.draft_length:
+        length = read_draft_length(Path(options.draft_length))
+        cut = [replace(one, name=f"{one.name}, {length.label}", length=length) for one in drafters]
+        contenders += cut
     if options.dry_run:
         print("\n".join([*misfits, *plan(contenders, target, prompts, follow_up, settings)]))
         return
@@ -61,6 +67,37 @@ def run_report(options: argparse.Namespace) -> None:
     show(result)
     if options.output:
         write_result(result, Path(options.output))
+
+
+def run_calibrate(options: argparse.Namespace) -> None:
+    """Finds the draft length that pays here; writes it, with a plot beside it."""
+    settings = settings_from(options)
+    loaded = load_drafter(options.ckpt, options.block_size)
+    target = target_for([loaded], options)
+    check_fits(loaded, target)
+    loaded.drafter.to(target.device, target.dtype).requires_grad_(False)
+    prompts, follow_up = prompts_for(target, options)
+    prepared = prepare(target, prompts, follow_up, settings)
+    rule, record, found = find_draft_length(
+        loaded, target, prepared.trajectories, settings.trajectories, settings.progress
+    )
+    output = Path(options.output)
+    write_draft_length(rule, output, {**record, **where_and_when(target.device)})
+    picture = output.with_suffix(".png")
+    write_atomic(picture, plot_calibration(rule, found))
+    best = found.best
+    if record["calibration_error"]:
+        off = ", ".join(f"{how} {error:.3f}" for how, error in record["calibration_error"].items())
+        print(f"confidence is off by: {off} (on responses that it was not calibrated on)")
+    gain = found.tokens_per_second[best] / found.tokens_per_second[0] - 1
+    print(
+        f"a slot takes {1e3 * record['costs']['slot']:.2f} ms to verify, a round "
+        f"{1e3 * record['costs']['fixed']:.1f} ms without drafts\n"
+        f"draft while {rule.threshold:g} likely: {found.drafted[best]:.1f} of "
+        f"{found.drafted[0]:.1f} slots a round, accepted length {found.accepted_length[best]:.3f} "
+        f"of {found.accepted_length[0]:.3f}, {100 * gain:+.0f} % tokens per second, predicted\n"
+        f"rule: {output} (evaluate.py report --draft-length {output}); plot: {picture}"
+    )
 
 
 def run_doctor(options: argparse.Namespace) -> None:
@@ -268,6 +305,7 @@ def main(args: list[str] | None = None) -> None:
         "doctor": run_doctor,
         "merge": run_merge,
         "ablation": run_ablation,
+        "calibrate": run_calibrate,
     }
     with one_sentence_errors():
         try:

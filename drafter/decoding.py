@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from drafter.blocks import block_input_ids
+from drafter.draft_length import DraftLength
 from drafter.model import DraftContext, Drafter
 from drafter.sampling import GREEDY, GeneratorSource, RandomSource, Sampling, argmax, warp
 from drafter.target import Target
@@ -274,12 +275,20 @@ class CachedDrafter:
         drafter: The unwrapped drafter.
         target: Lends embedding and head.
         engine: Of the same prompt.
+        length: Cuts drafts; None verifies all slots.
     """
 
-    def __init__(self, drafter: Drafter, target: Target, engine: CachedTarget) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Target,
+        engine: CachedTarget,
+        length: DraftLength | None = None,
+    ) -> None:
         self._drafter = drafter
         self._target = target
         self._engine = engine
+        self._length = length
         self.context = DraftContext()
 
     @property
@@ -303,7 +312,8 @@ class CachedDrafter:
         hidden = self._drafter.denoise(
             self._target.embed(block_ids), slots.view(1, 1, -1), self.context
         )
-        return self._target.head.logits(hidden[0, 0, 1:])
+        logits_NV = self._target.head.logits(hidden[0, 0, 1:])
+        return logits_NV if self._length is None else self._length.cut(logits_NV)
 
 
 class Clock:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from drafter.attention import build_visibility
 from drafter.blocks import block_input_ids
+from drafter.draft_length import DraftLength, confidence
 from drafter.errors import UserError
 from drafter.head import FrozenHead
 from drafter.model import Drafter
@@ -53,6 +54,7 @@ def replay_slots(
     *,
     sampling: Sampling,
     log_probs: Tensor | None = None,
+    length: DraftLength | None = None,
     anchors_per_chunk: int = 64,
 ) -> SlotResults:
     """Runs the drafter over every anchor of a trajectory, by the functions that decoding uses.
@@ -66,6 +68,7 @@ def replay_slots(
         prompt_length: Prompt tokens; the first anchor is the response's first token.
         sampling: Of the trajectory; the drafter's q is warped alike.
         log_probs: (R,) log p of the response's tokens; needed unless greedy.
+        length: Cuts drafts; None verifies all slots.
         anchors_per_chunk: Bounds memory: blocks denoised at once.
 
     Raises:
@@ -82,7 +85,7 @@ def replay_slots(
     if response == 1:
         return _no_anchor(block_size)
     anchors_T, index_TN, valid_TN, labels_TN = _slots(input_ids, prompt_length, block_size)
-    drafts, chosen = [], []
+    drafts, chosen, sure = [], [], []
     chunks = _chunks(drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk)
     for hidden_CND, labels_CN in zip(chunks, labels_TN.split(anchors_per_chunk), strict=True):
         flat_states, flat_labels = hidden_CND.flatten(0, 1), labels_CN.flatten()
@@ -90,6 +93,8 @@ def replay_slots(
         for states, labels in zip(flat_states.split(rows), flat_labels.split(rows), strict=True):
             logits = head.logits(states)
             drafts.append(argmax(logits))
+            if length is not None:
+                sure.append(confidence(logits))
             if not sampling.greedy:
                 q = warp(logits, sampling)
                 chosen.append(q.gather(-1, labels[:, None]).squeeze(-1).double())
@@ -104,13 +109,18 @@ def replay_slots(
         # q >= p rather than q / p >= 1: p may be 0
         accept_TN = torch.where((q_TN >= p_TN) & (q_TN > 0), 1.0, q_TN / p_TN.clamp(min=1e-300))
         accept_TN = accept_TN * valid_TN
-    return SlotResults(
+    slots = SlotResults(
         drafts_TN.cpu().numpy(),
         match_TN.cpu().numpy(),
         valid_TN.cpu().numpy(),
         accept_TN.cpu().numpy(),
         zero_target,
     )
+    if length is None:
+        return slots
+    sure_TN = torch.cat(sure).view_as(labels_TN)
+    slots = replace(slots, confidence=sure_TN.double().cpu().numpy())
+    return slots.cut(length.kept(sure_TN).cpu().numpy())
 
 
 @torch.no_grad()

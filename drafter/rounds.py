@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class SlotResults:
             the trajectory is not quite this target's. There min(1, q/p) is 1 if q > 0, else 0.
         reached: (T,) int64, tokens of each anchor's tree of drafts that were accepted, and
         nodes: (T,) int64, nodes of it within the response; None where there is one draft.
+        confidence: (T, N) fp64, max_v q(v), where draft lengths are chosen; None elsewhere.
     """
 
     drafts: np.ndarray
@@ -42,6 +43,17 @@ class SlotResults:
     zero_target: int = 0
     reached: np.ndarray | None = None
     nodes: np.ndarray | None = None
+    confidence: FloatArray | None = None
+
+    def cut(self, kept: np.ndarray) -> SlotResults:
+        """Returns the results of drafts of which only the first `kept` (T,) slots are verified."""
+        inside = np.arange(self.valid.shape[1]) < kept[:, None]
+        return replace(
+            self,
+            match=self.match & inside,
+            valid=self.valid & inside,
+            accept=self.accept * inside,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from drafter.config import DrafterConfig, check_block_size
+from drafter.draft_length import DraftLength
 from drafter.errors import UserError
 from drafter.files import pieces
 from drafter.model import Drafter
@@ -40,6 +41,7 @@ class LoadedDrafter:
         other_block_size: K, where it is not the one that the drafter was trained with.
         provenance: What lies beside an exported drafter.
         search: How its drafts are searched; None for the one draft.
+        length: Which of its slots are verified; None for all.
     """
 
     name: str
@@ -54,6 +56,19 @@ class LoadedDrafter:
     other_block_size: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     search: Search | None = None
+    length: DraftLength | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether a round is one draft of all slots."""
+        return self.search is None and self.length is None
+
+    @property
+    def contender(self) -> str:
+        """What its rounds depend on, as text: weights, K, and what is done with a block."""
+        ways = [self.search and self.search.label, self.length and self.length.key]
+        plain = [self.fingerprint, str(self.drafter.config.block_size)]
+        return "/".join([*plain, *(way for way in ways if way)])
 
 
 def drafter_fingerprint(drafter: Drafter) -> str:

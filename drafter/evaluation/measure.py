@@ -22,6 +22,7 @@ from drafter.decoding import (
     decode_plainly,
     decode_speculatively,
 )
+from drafter.draft_length import DraftLength
 from drafter.evaluation.trajectories import Trajectory, TrajectorySettings
 from drafter.metrics import AcceptanceByPosition, AcceptedLength, WasteRatio
 from drafter.model import Drafter
@@ -168,6 +169,7 @@ def replay_trajectory(
     hidden_states: Tensor,
     *,
     search: Search | None = None,
+    length: DraftLength | None = None,
     anchors_per_chunk: int = 128,
 ) -> MeasuredResponse:
     """Measures by one teacher-forced pass over every response position.
@@ -179,6 +181,7 @@ def replay_trajectory(
         settings: It was generated under.
         hidden_states: (1, S, L*D), the target's features of prompt and response.
         search: Trees of drafts; None for one draft.
+        length: Cuts the one draft; None verifies all slots.
         anchors_per_chunk: Blocks at once.
     """
     prompt = trajectory.prompt
@@ -207,6 +210,7 @@ def replay_trajectory(
         len(prompt.ids),
         sampling=settings.sampling,
         log_probs=torch.tensor(trajectory.log_probs) if trajectory.log_probs else None,
+        length=length,
         anchors_per_chunk=anchors_per_chunk,
     )
     counts = drawn = count_rounds(slots)
@@ -225,15 +229,15 @@ def decode_prompt(
     key: int = 0,
     rule: Rule = "rejection",
     search: Search | None = None,
+    length: DraftLength | None = None,
 ) -> Decoded:
     """Runs the real loop on one prompt, with random numbers keyed by (seed, prompt)."""
     target.check_length(len(prompt_ids), settings.max_new_tokens)
     if search is not None:
         return _decode_by_search(drafter, target, prompt_ids, settings, key, search)
     engine = CachedTarget(target, drafter.config.target_layer_ids)
-    return run_loop(
-        engine, CachedDrafter(drafter, target, engine), target, prompt_ids, settings, key, rule
-    )
+    drafts = CachedDrafter(drafter, target, engine, length)
+    return run_loop(engine, drafts, target, prompt_ids, settings, key, rule)
 
 
 def _decode_by_search(

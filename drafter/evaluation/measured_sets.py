@@ -31,8 +31,6 @@ from drafter.evaluation.measure import (
 )
 from drafter.evaluation.tallies import Tally, tally
 from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySettings
-from drafter.model import Drafter
-from drafter.search import Search
 from drafter.target import Target
 
 FORMAT = 2
@@ -116,7 +114,7 @@ class Bench:
             loaded: Fits the target.
             trajectories: Of any sets and turns.
         """
-        journal = self._journal("replay", [_contender(loaded)])
+        journal = self._journal("replay", [loaded.contender])
         drafter = loaded.drafter.to(device=self.target.device, dtype=self.target.dtype)
         samples = _sample_places([t.prompt for t in trajectories])
         out = Measured()
@@ -139,6 +137,7 @@ class Bench:
                             self.settings,
                             states,
                             search=loaded.search,
+                            length=loaded.length,
                             anchors_per_chunk=self.anchors_per_chunk,
                         )
                         for i, states in batch
@@ -170,11 +169,9 @@ class Bench:
             drafters: All fit the target.
             prompts: Of any sets and turns.
         """
-        journal = self._journal("decode", [_contender(loaded) for loaded in drafters])
-        models = [
-            (loaded.drafter.to(device=self.target.device, dtype=self.target.dtype), loaded.search)
-            for loaded in drafters
-        ]
+        journal = self._journal("decode", [loaded.contender for loaded in drafters])
+        for loaded in drafters:
+            loaded.drafter.to(device=self.target.device, dtype=self.target.dtype)
         names = [loaded.name for loaded in drafters] + [PROMPT_LOOKUP]
         out = {name: Measured() for name in names}
         samples = _sample_places(prompts)
@@ -185,10 +182,10 @@ class Bench:
                     out[name].take(row)
         if waiting:  # every loop once, untimed: the first passes on a device are slow
             few = replace(self.settings, max_new_tokens=min(8, self.settings.max_new_tokens))
-            self._contest(models, waiting[0], few)
+            self._contest(drafters, waiting[0], few)
         for prompt in tqdm(waiting, desc="decode", unit="prompt", disable=not self.progress):
             begun = time.perf_counter()
-            plain, loops = self._contest(models, prompt, self.settings)
+            plain, loops = self._contest(drafters, prompt, self.settings)
             rows = []
             trajectory = Trajectory(prompt, [], [], False)
             for loop, drafted in loops:
@@ -205,20 +202,28 @@ class Bench:
 
     def _contest(
         self,
-        models: Sequence[tuple[Drafter, Search | None]],
+        drafters: Sequence[LoadedDrafter],
         prompt: EvalPrompt,
         settings: TrajectorySettings,
     ) -> tuple[Decoded, list[tuple[Decoded, int]]]:
         """Returns the target alone, and (the loop's result, N) of every contender."""
         target, key = self.target, prompt.key
-        block_size = max(model.config.block_size for model, _ in models)
+        block_size = max(loaded.drafter.config.block_size for loaded in drafters)
         plain = decode_alone(target, prompt.ids, settings, key=key)
         loops = [
             (
-                decode_prompt(model, target, prompt.ids, settings, key=key, search=search),
-                model.config.num_drafted,
+                decode_prompt(
+                    loaded.drafter,
+                    target,
+                    prompt.ids,
+                    settings,
+                    key=key,
+                    search=loaded.search,
+                    length=loaded.length,
+                ),
+                loaded.drafter.config.num_drafted,
             )
-            for model, search in models
+            for loaded in drafters
         ]
         lookup = decode_by_lookup(target, prompt.ids, settings, block_size, key=key)
         return plain, [*loops, (lookup, block_size - 1)]
@@ -255,13 +260,8 @@ class Bench:
 
     def missing(self, loaded: LoadedDrafter, trajectories: Sequence[Trajectory]) -> int:
         """Returns how many of the trajectories are still to be replayed."""
-        journal = self._journal("replay", [_contender(loaded)], reading=True)
+        journal = self._journal("replay", [loaded.contender], reading=True)
         return sum(_trajectory_name(trajectory) not in journal for trajectory in trajectories)
-
-
-def _contender(loaded: LoadedDrafter) -> str:
-    plain = f"{loaded.fingerprint}/{loaded.drafter.config.block_size}"
-    return plain if loaded.search is None else f"{plain}/{loaded.search.label}"
 
 
 def make_sample(response: MeasuredResponse, tokenizer: Any) -> Sample:

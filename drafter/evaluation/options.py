@@ -48,8 +48,22 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     )
     verb.add_argument("--budget", type=int, default=60, help="tokens of a tree")
     verb.add_argument("--drafts", type=int, default=4, help="of self-select, with the argmax one")
+    verb.add_argument(
+        "--draft-length",
+        metavar="FILE.json",
+        help="what `calibrate` wrote: measure the drafter with its drafts cut so, too",
+    )
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     verb.add_argument("--output", metavar="OUT.json", help="write figures, tables, plots and page")
+
+    verb = verbs.add_parser(
+        "calibrate", help="find how many slots of a draft are worth verifying on this device"
+    )
+    verb.add_argument("--ckpt", required=True, metavar="PATH", help="as in `report`")
+    _add_prompt_options(verb)
+    _add_measuring_options(verb)
+    verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
+    verb.add_argument("--output", required=True, metavar="OUT.json", help="the rule, for `report`")
 
     verb = verbs.add_parser("doctor", help="find why the accepted length is stuck near 1")
     verb.add_argument("--ckpt", required=True, metavar="PATH", help="as in `report`")

@@ -80,7 +80,7 @@ def _bars(
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
     _legend(fig, drafters)
-    return _png(plt, fig)
+    return to_png(plt, fig)
 
 
 def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
@@ -130,7 +130,7 @@ def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
     fig.supxlabel("slot k")
     fig.supylabel("P(k accepted | 1..k-1 accepted)")
     _legend(fig, drafters)
-    return _png(plt, fig)
+    return to_png(plt, fig)
 
 
 def _legend(fig: Any, drafters: Mapping[str, Any]) -> None:
@@ -157,7 +157,8 @@ def pyplot() -> Any:
     return plt
 
 
-def _png(plt: Any, fig: Any) -> bytes:
+def to_png(plt: Any, fig: Any) -> bytes:
+    """Returns a figure as a PNG file, and closes it."""
     buffer = io.BytesIO()
     # no date inside: the same figures give the same file
     fig.savefig(buffer, format="png", dpi=120, metadata={"Software": None})

@@ -132,7 +132,7 @@ def report(
     if settings.decodes:
         for name, measured in bench.decode(fitting, prepared.prompts).items():
             found.setdefault(name, {})["decode"] = measured
-    searched = {loaded.name for loaded in fitting if loaded.search is not None}
+    searched = {loaded.name for loaded in fitting if not loaded.plain}
     for name, modes in found.items():
         for mode, measured in modes.items() if name not in searched else ():
             Rates(settings.folder, target).put(mode, measured.new_seconds, measured.new_tokens)
@@ -230,6 +230,7 @@ def _drafter_entry(
         "fingerprint": drafter.fingerprint if drafter else PROMPT_LOOKUP,
         "block_size": slots + 1,
         "search": drafter.search.label if drafter and drafter.search else None,
+        "draft_length": drafter.length.key if drafter and drafter.length else None,
         "responses": {},
         "samples": [],
         "seconds": {},
@@ -264,7 +265,7 @@ def _hold_together(
         replayed = (
             {t.place: t for t in found[loaded.name]["replay"].tallies} if settings.replays else {}
         )
-        if loaded.search is not None:  # counted; what explains a difference looks at one draft
+        if not loaded.plain:  # counted; what explains a difference looks at one draft
             if settings.replays:
                 alike = [
                     t.round_lengths == replayed[t.place].round_lengths for t in decoded.tallies

@@ -34,6 +34,8 @@ PROMPT_BOUNDS = (128, 256, 512, 1024, 2048, 4096, 8192)
 """Ends of the classes of prompt length that figures are given for, in tokens."""
 SAME = ("settings", "dtype")
 """What result files must share to be merged, beside the target."""
+KNOWN_BY = ("fingerprint", "block_size", "search", "draft_length")
+"""What tells drafters of several result files apart."""
 REQUIRED = ("settings", "dtype", "target", "drafters", "skipped", "misfits")
 
 
@@ -133,7 +135,7 @@ def _both_have(pair: tuple[Figures, Figures], figure: str) -> bool:
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns one result of several partial ones; of a response in two, the later file's counts.
 
-    A drafter is known by its fingerprint, block size and search, whatever it is called.
+    A drafter is known by `KNOWN_BY`, whatever it is called.
 
     Raises:
         UserError: They are of different targets, settings or prompts, or were timed on different
@@ -144,7 +146,7 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for result in results:
         for drafter in result["drafters"]:
             known = drafters.setdefault(
-                (drafter["fingerprint"], drafter["block_size"], drafter.get("search")),
+                tuple(drafter.get(key) for key in KNOWN_BY),
                 {**drafter, "responses": {}, "samples": [], "names": []},
             )
             known["names"].append(drafter["name"])

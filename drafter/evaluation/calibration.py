@@ -1,0 +1,247 @@
+"""Finds the draft length that pays on this device: `evaluate.py calibrate`.
+
+Legend: T anchors, N drafted slots, K block size, S tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from drafter.decoding import CachedDrafter, CachedTarget
+from drafter.draft_length import Costs, DraftLength, calibrate, calibration_error, fit_costs
+from drafter.errors import UserError
+from drafter.evaluation.loading import LoadedDrafter
+from drafter.evaluation.measure import FeatureStore, decode_prompt
+from drafter.evaluation.plots import pyplot, to_png
+from drafter.evaluation.trajectories import Trajectory, TrajectorySettings
+from drafter.replay import replay_slots
+from drafter.rounds import SlotResults, count_rounds
+from drafter.sampling import GREEDY
+from drafter.target import Target
+
+THRESHOLDS = (0.0, *(round(0.02 * step, 2) for step in range(1, 46)))
+TIMED_PROMPTS = 3
+TIMED_TOKENS = 48
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What each threshold gives on the calibration prompts.
+
+    Attributes:
+        thresholds: Least likelihoods.
+        accepted_length: Tokens a round.
+        drafted: Verified draft tokens a round.
+        tokens_per_second: By `Costs`; prefill left out.
+    """
+
+    thresholds: tuple[float, ...]
+    accepted_length: tuple[float, ...]
+    drafted: tuple[float, ...]
+    tokens_per_second: tuple[float, ...]
+
+    @property
+    def best(self) -> int:
+        """Place of the fastest."""
+        return int(np.argmax(self.tokens_per_second))
+
+
+def slots_of(
+    loaded: LoadedDrafter,
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    settings: TrajectorySettings,
+    progress: bool = False,
+) -> list[SlotResults]:
+    """Returns every block of every response, with the drafter's confidences.
+
+    Args:
+        loaded: Fits the target, and is on its device.
+        target: That generated the trajectories.
+        trajectories: To calibrate on.
+        settings: They were generated under.
+        progress: Show a bar.
+    """
+    drafter, found = loaded.drafter, []
+    with tqdm(total=len(trajectories), desc="calibrating", disable=not progress) as bar:
+        for batch in FeatureStore().each(target, trajectories, drafter.config.target_layer_ids):
+            for place, states in batch:
+                own = trajectories[place]
+                slots = replay_slots(
+                    drafter,
+                    target.embed,
+                    target.head,
+                    states,
+                    torch.tensor(own.tokens, device=target.device),
+                    len(own.prompt.ids),
+                    sampling=settings.sampling,
+                    log_probs=torch.tensor(own.log_probs) if own.log_probs else None,
+                    length=DraftLength(),
+                )
+                found.append(slots)
+                bar.update()
+    return [slots for slots in found if slots.confidence is not None]
+
+
+def reached_slots(slots: Sequence[SlotResults]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns confidences, acceptances and weights of all slots, flattened.
+
+    A slot's weight is the probability that a round reaches it: as decoding meets it.
+    """
+    parts = []
+    for one in slots:
+        assert one.confidence is not None
+        visits_T1 = count_rounds(one).visits[:, None]
+        before = np.cumprod(one.accept, axis=1)
+        reach = np.concatenate([np.ones((len(before), 1)), before[:, :-1]], axis=1)
+        weight = visits_T1 * reach * one.valid
+        parts.append((one.confidence.ravel(), one.accept.ravel(), weight.ravel()))
+    if not parts:
+        raise UserError("no response has a second token, so there is nothing to calibrate on.")
+    confidences, accepted, weights = zip(*parts, strict=True)
+    return np.concatenate(confidences), np.concatenate(accepted), np.concatenate(weights)
+
+
+def sweep(slots: Sequence[SlotResults], rule: DraftLength, costs: Costs) -> Sweep:
+    """Returns what each of `THRESHOLDS` gives.
+
+    Args:
+        slots: Of the calibration prompts.
+        rule: With its classes; its threshold does not matter.
+        costs: Of this device.
+    """
+    rows = []
+    for threshold in THRESHOLDS:
+        own = replace(rule, threshold=threshold)
+        emitted = rounds = drafted = 0.0
+        for one in slots:
+            counts = count_rounds(one.cut(own.kept(torch.from_numpy(one.confidence)).numpy()))
+            emitted, rounds = emitted + counts.emitted, rounds + counts.rounds
+            drafted += counts.drafted
+        rate = emitted / costs.seconds(rounds, drafted)
+        rows.append((threshold, emitted / rounds, drafted / rounds, rate))
+    return Sweep(*(tuple(column) for column in zip(*rows, strict=True)))
+
+
+@torch.no_grad()
+def measure_costs(
+    loaded: LoadedDrafter, target: Target, trajectories: Sequence[Trajectory]
+) -> Costs:
+    """Returns what a round takes here: the loop on a few prompts, and passes of several lengths.
+
+    Args:
+        loaded: On the target's device.
+        target: Likewise.
+        trajectories: Of which the first prompts are decoded.
+    """
+    settings = TrajectorySettings(TIMED_TOKENS, GREEDY)
+    timed = trajectories[:TIMED_PROMPTS]
+    loops = [decode_prompt(loaded.drafter, target, one.prompt.ids, settings) for one in timed[:1]]
+    loops = [decode_prompt(loaded.drafter, target, one.prompt.ids, settings) for one in timed]
+    rounds = sum(len(loop.rounds) for loop in loops)
+    if not rounds:
+        raise UserError("no response has a second token, so there is nothing to time.")
+    drafting = sum(loop.seconds["draft"] + loop.seconds["bookkeeping"] for loop in loops)
+    block_size = loaded.drafter.config.block_size
+    tokens = sorted({1, 2, *range(4, block_size, 4), block_size})
+    longest = max(timed, key=lambda one: one.length)
+    engine = CachedTarget(target, loaded.drafter.config.target_layer_ids)
+    engine.prefill(longest.tokens)
+    drafts = CachedDrafter(loaded.drafter, target, engine)
+    drafts.draft(longest.tokens[-1])
+    seconds = []
+    for count in tokens:
+        block = (longest.tokens * block_size)[:count]
+        seconds.append(statistics.median(_seconds(engine, block) for _ in range(REPEATS)))
+    return fit_costs(tokens, seconds, drafting / rounds)
+
+
+def _seconds(engine: CachedTarget, block: Sequence[int]) -> float:
+    begun = time.perf_counter()
+    logits = engine.verify(block)
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)
+    taken = time.perf_counter() - begun
+    engine.commit(0)
+    return taken
+
+
+def find_draft_length(
+    loaded: LoadedDrafter,
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    settings: TrajectorySettings,
+    progress: bool = False,
+) -> tuple[DraftLength, dict[str, Any], Sweep]:
+    """Returns the rule that is fastest here, what it was found from, and all thresholds.
+
+    Args:
+        loaded: Fits the target, and is on its device.
+        target: That generated the trajectories.
+        trajectories: To calibrate on; not those that it is measured on later.
+        settings: They were generated under.
+        progress: Show a bar.
+
+    Raises:
+        UserError: No response has a second token.
+    """
+    slots = slots_of(loaded, target, trajectories, settings, progress)
+    rule = DraftLength(0.0, *calibrate(*reached_slots(slots)))
+    costs = measure_costs(loaded, target, trajectories)
+    found = sweep(slots, rule, costs)
+    rule = replace(rule, threshold=found.thresholds[found.best])
+    record = {
+        "fingerprint": loaded.fingerprint,
+        "block_size": loaded.drafter.config.block_size,
+        "responses": len(slots),
+        "sampling": asdict(settings.sampling),
+        "costs": asdict(costs),
+        "calibration_error": _errors(slots),
+        "sweep": asdict(found),
+    }
+    return rule, record, found
+
+
+def _errors(slots: Sequence[SlotResults]) -> dict[str, float]:
+    """Returns how far confidence is off on every second response, calibrated on the others."""
+    if len(slots) < 2:
+        return {}
+    fitted = DraftLength(0.0, *calibrate(*reached_slots(slots[::2])))
+    seen = [torch.from_numpy(values) for values in reached_slots(slots[1::2])]
+    return {
+        "as it is": calibration_error(DraftLength(), *seen),
+        "calibrated": calibration_error(fitted, *seen),
+    }
+
+
+def plot_calibration(rule: DraftLength, found: Sweep) -> bytes:
+    """Returns a PNG: what confidence is worth, and what each threshold gives."""
+    plt = pyplot()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    edges = [0.0, *rule.bounds]
+    left.stairs(rule.rates, edges, color="#4477aa", baseline=None, linewidth=2)
+    left.plot([0, 1], [0, 1], ":", color="#bbbbbb")
+    left.set_xlabel("drafter's confidence, max q")
+    left.set_ylabel("share accepted, once reached")
+    right.plot(found.thresholds, found.tokens_per_second, color="#4477aa")
+    best = found.best
+    right.plot(found.thresholds[best], found.tokens_per_second[best], "o", color="#4477aa")
+    right.set_xlabel("least likelihood of a slot")
+    right.set_ylabel("tokens per second, predicted", color="#4477aa")
+    other = right.twinx()
+    other.plot(found.thresholds, found.drafted, color="#ee6677")
+    other.set_ylabel("verified draft tokens a round", color="#ee6677")
+    other.set_ylim(bottom=0)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.spines["top"].set_visible(False)
+    return to_png(plt, fig)
