@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from drafter.borrowed import check_borrowed
 from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
 from drafter.files import pieces
+from drafter.layer_ids import check_layer_ids
 from drafter.model import Drafter
 from drafter.search import Search
+from drafter.speculators_layout import is_speculators, read_speculators, verifier_name
 from drafter.target import Target
 
 PROVENANCE = "provenance.json"
@@ -40,6 +43,7 @@ class LoadedDrafter:
         other_block_size: K, where it is not the one that the drafter was trained with.
         provenance: What lies beside an exported drafter.
         search: How its drafts are searched; None for the one draft.
+        borrowed: Tensors beside its own in the folder, which must be the target's, and their files.
     """
 
     name: str
@@ -54,6 +58,7 @@ class LoadedDrafter:
     other_block_size: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     search: Search | None = None
+    borrowed: dict[str, Path] = field(default_factory=dict)
 
 
 def drafter_fingerprint(drafter: Drafter) -> str:
@@ -71,7 +76,7 @@ def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
 
     Args:
         path: A Lightning .ckpt; a run folder (its best checkpoint, or else its last); or a folder
-            with config.json and model.safetensors.
+            with config.json and model.safetensors, in the z-lab or the speculators layout.
         block_size: K to decode with; None for the one it was trained with.
 
     Raises:
@@ -84,8 +89,7 @@ def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
     if block_size is not None:
         check_block_size(block_size)
     if where.is_dir() and (where / "config.json").is_file():
-        drafter = _read_folder(where)
-        loaded = LoadedDrafter(_full(path), drafter, drafter_fingerprint(drafter), str(where))
+        loaded = _read_folder(where, path)
         _read_provenance(loaded, where / PROVENANCE)
         loaded.run_config = _newest_config(where)
     elif where.is_file():
@@ -103,28 +107,44 @@ def _full(path: str) -> str:
     return path.rstrip("/") if Path(path).name else str(Path(path).resolve())
 
 
-def _read_folder(folder: Path) -> Drafter:
+def _read_folder(folder: Path, path: str) -> LoadedDrafter:
+    borrowed: dict[str, Path] = {}
+    target_path = None
     try:
-        drafter: Drafter
-        drafter, info = Drafter.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True
-        )
-        config = drafter.config
-        _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
+        said = json.loads((folder / "config.json").read_text())
+        if is_speculators(said):
+            drafter, borrowed = read_speculators(folder, said)
+            target_path = verifier_name(said)
+        else:
+            drafter = _read_zlab(folder)
     except UserError:
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} is not a drafter's folder: {reason}") from error
+    return LoadedDrafter(
+        _full(path),
+        drafter.eval(),
+        drafter_fingerprint(drafter),
+        str(folder),
+        target_path,
+        borrowed=borrowed,
+    )
+
+
+def _read_zlab(folder: Path) -> Drafter:
+    drafter: Drafter
+    drafter, info = Drafter.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    config = drafter.config
+    _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise UserError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}.")
-    drafter.eval()
     return drafter
 
 
 def _read_provenance(loaded: LoadedDrafter, file: Path) -> None:
-    """Takes what an exported drafter's folder says of its target; published ones say nothing."""
+    """Takes what an exported drafter's folder says of its target; published ones say little."""
     if not file.is_file():
         return
     try:
@@ -171,6 +191,9 @@ def _newest_config(folder: Path) -> Path | None:
 def check_fits(loaded: LoadedDrafter, target: Target) -> None:
     """Raises UserError for a target of another shape; warns of another target of the same."""
     config = loaded.drafter.config
+    if config.num_target_layers == 0:  # the speculators library's folders do not say
+        check_layer_ids(config.target_layer_ids, target.num_layers)
+        config.num_target_layers = target.num_layers
     wanted = {
         "hidden size": (config.hidden_size, target.hidden_size),
         "layers": (config.num_target_layers, target.num_layers),
@@ -189,5 +212,11 @@ def check_fits(loaded: LoadedDrafter, target: Target) -> None:
             f"{loaded.name}: its mask token id {config.mask_token_id} is beyond the target's "
             f"{target.vocab_size} embedding rows."
         )
+    theirs: dict[str, Any] = {
+        "embedding": target.embedding_weight,
+        "head": target.head.weight,
+        "final norm": target.final_norm.weight,
+    }
+    check_borrowed(loaded.name, loaded.borrowed, theirs, target.path)
     if loaded.target_fingerprint not in (None, target.fingerprint):
         print(f"warning: {loaded.name} was trained with other weights than {target.path} holds")

@@ -1,0 +1,97 @@
+"""Holds an exported folder to what engines ask of it: `python -m drafter.export check DIR`.
+
+No engine is needed, and none is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drafter.errors import UserError, one_sentence_errors
+from drafter.evaluation.acceptance import ACCEPTANCE, acceptance_lines
+from drafter.evaluation.loading import PROVENANCE
+from drafter.export_rules import check_export, said_by
+from drafter.speculators_layout import is_speculators, verifier_name
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns a folder's config.json; raises UserError if there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its config.json can't be read ({error}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}: its config.json is no JSON object.")
+    return config
+
+
+def launch_lines(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Returns what starts each engine with a checked folder.
+
+    Source: the engines' documents on speculative decoding (`--speculative-config` of vLLM,
+    `--speculative-algorithm DFLASH` of SGLang) and the cards of published DFlash drafters.
+    """
+    said = said_by(config)
+    target = _target_of(folder, config) or "TARGET"
+    speculative = {
+        "method": "dflash",
+        "model": str(folder),
+        "num_speculative_tokens": said.block_size - 1,
+    }
+    vllm = ["vllm", "serve", target, "--speculative-config", json.dumps(speculative)]
+    sglang = [
+        *("python", "-m", "sglang.launch_server", "--model-path", target),
+        *("--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(folder)),
+        *("--speculative-num-draft-tokens", str(said.block_size)),
+    ]
+    lines = [f"vLLM:   {shlex.join(vllm)}"]
+    if is_speculators(config):
+        return [*lines, "SGLang: reads the z-lab layout; export it with --format zlab"]
+    return [*lines, f"SGLang: {shlex.join(sglang)}"]
+
+
+def main(args: list[str]) -> None:
+    """Prints every rule, the launch lines and expected acceptance; exits with 1 on a fault."""
+    parser = argparse.ArgumentParser(
+        prog="python -m drafter.export check", description="holds a folder to what engines ask"
+    )
+    parser.add_argument("folder", help="as an export wrote it, in either layout")
+    folder = Path(parser.parse_args(args).folder)
+    with one_sentence_errors():
+        config = read_config(folder)
+        findings = check_export(folder, config)
+        for one in findings:
+            print(f"fault  {one.rule}: {one.fault}; {one.mend}" if one.fault else f"ok  {one.rule}")
+        faults = sum(bool(one.fault) for one in findings)
+        print(f"{folder}: {faults} of {len(findings)} rules are broken", flush=True)
+        if faults:
+            sys.exit(1)
+        for line in [*launch_lines(folder, config), *_expected(folder)]:
+            print(line, flush=True)
+
+
+def _target_of(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Returns the target's folder or hub name, where config or provenance tell it."""
+    name = verifier_name(config)
+    if name is None and (folder / PROVENANCE).is_file():
+        try:
+            name = json.loads((folder / PROVENANCE).read_text())["target"]["path"]
+        except (ValueError, KeyError, TypeError):
+            return None
+    return name
+
+
+def _expected(folder: Path) -> list[str]:
+    file = folder / ACCEPTANCE
+    if not file.is_file():
+        return [f"{ACCEPTANCE}: none; export with --results to say what to expect"]
+    try:
+        return acceptance_lines(json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} can't be read ({error}); export with --results anew.") from error
