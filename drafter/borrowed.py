@@ -1,4 +1,4 @@
-"""Tensors in a drafter's files: its own, and those of its target that some files have beside them."""
+"""Tensors in a drafter's files: its own, and those of its target that some have beside them."""
 
 from __future__ import annotations
 

@@ -13,11 +13,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from drafter.borrowed import tensor_files
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.acceptance import ACCEPTANCE, acceptance_lines
 from drafter.evaluation.loading import PROVENANCE
-from drafter.export_rules import check_export, said_by
+from drafter.export_rules import Finding, config_rules, said_by
+from drafter.export_tensors import tensor_rules
 from drafter.speculators_layout import is_speculators, verifier_name
+
+
+def check_export(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
+    """Returns every rule for a folder, kept or not.
+
+    Args:
+        folder: With the weights.
+        config: Content of its config.json.
+    """
+    findings = config_rules(config)
+    try:
+        files = tensor_files(folder)
+    except UserError as error:
+        return [*findings, Finding("weights are safetensors", str(error), "export it anew")]
+    return findings + tensor_rules(said_by(config), files, is_speculators(config))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def speculators_config(
         dtype: Of the weights in the file.
         verifier: From `verifier_of`.
     """
-    layers = {key: v for key, v in config.to_dict().items() if key not in _NOT_OF_LAYERS}
+    said: dict[str, Any] = json.loads(config.to_json_string())  # as the z-lab layout has it
+    layers = {key: value for key, value in said.items() if key not in _NOT_OF_LAYERS}
     greedy = {
         "proposal_type": "greedy",
         "speculative_tokens": config.num_drafted,
