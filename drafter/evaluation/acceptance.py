@@ -11,6 +11,7 @@ from itertools import accumulate, takewhile
 from operator import mul
 from typing import Any
 
+from drafter.evaluation.results import without_nan
 from drafter.evaluation.tables import number
 
 ACCEPTANCE = "acceptance.json"
@@ -54,7 +55,8 @@ def expected_acceptance(result: Mapping[str, Any]) -> dict[str, Any]:
                 }
             )
     said = {key: result[key] for key in (*_SAID, "device_name") if key in result}
-    return {"how": HOW, **said, "measured": measured}
+    content: dict[str, Any] = without_nan({"how": HOW, **said, "measured": measured})
+    return content
 
 
 def acceptance_lines(saved: Mapping[str, Any]) -> list[str]:
