@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from drafter.borrowed import WEIGHTS
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.acceptance import ACCEPTANCE, expected_acceptance
 from drafter.evaluation.loading import (
@@ -31,16 +32,19 @@ from drafter.evaluation.markdown import markdown
 from drafter.evaluation.recipes import flat, read_yaml
 from drafter.evaluation.results import read_result
 from drafter.export_check import main as check
+from drafter.export_check import print_warnings, read_config
 from drafter.files import file_stamp, pieces, write_atomic
 from drafter.publish import publish
 from drafter.speculators_layout import verifier_of, write_speculators
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
+CONFIG, CARD = "config.yaml", "README.md"
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = {
     "zlab": "in the z-lab layout: no embedding, no head",
     "speculators": "in the speculators library's layout: no embedding, no head",
 }
+WRITTEN = frozenset(("config.json", WEIGHTS, PROVENANCE, CONFIG, CARD, ACCEPTANCE))
+"""Names of what an export may write."""
 SHOWN = (
     "trainer.max_epochs",
     "trainer.precision",
@@ -101,6 +105,13 @@ def export(
     speculators = layout == "speculators"
     target = loaded.target_path, loaded.target_gguf_file
     named = verifier_of(*target, verifier) if speculators else {}
+    if not speculators and verifier is not None:
+        raise UserError("--verifier is told by the speculators layout only; leave it out.")
+    if not speculators and not loaded.drafter.config.num_target_layers:
+        raise UserError(
+            f"{loaded.name} does not tell how many layers its target has, and the z-lab layout "
+            "does; write num_target_layers into its config.json."
+        )
     output = output.resolve()
     _check_replaceable(output)
     drafter = loaded.drafter.to(getattr(torch, dtype))
@@ -129,11 +140,25 @@ def export(
         if result is not None:
             saved = expected_acceptance(result)
             write_atomic(aside / ACCEPTANCE, json.dumps(saved, indent=2) + "\n")
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
+        _put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(new: Path, output: Path) -> None:
+    """Renames a folder to `output`; what was there is removed only after that."""
+    if not output.exists():
+        new.rename(output)
+        return
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    output.rename(old)
+    try:
+        new.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(output: Path) -> None:
@@ -143,7 +168,7 @@ def _check_replaceable(output: Path) -> None:
     if not output.is_dir():
         raise UserError(f"{output} is a file; give a folder.")
     names = {file.name for file in output.iterdir()}
-    others = sorted(names - {"config.json", WEIGHTS, PROVENANCE, CONFIG, CARD, ACCEPTANCE})
+    others = sorted(names - WRITTEN)
     if others or (names and PROVENANCE not in names):
         held = f" beside others {others[0]}" if others else ""
         raise UserError(f"{output} holds{held} what no export has written; choose another folder.")
@@ -260,7 +285,9 @@ def main(args: list[str] | None = None) -> None:
         )
         print(f"{options.output}: {options.dtype}", flush=True)
         if options.push_to_hub:
-            print(publish(Path(options.output), options.push_to_hub), flush=True)
+            folder = Path(options.output)
+            print_warnings(folder, read_config(folder))
+            print(publish(folder, options.push_to_hub, WRITTEN), flush=True)
 
 
 if __name__ == "__main__":

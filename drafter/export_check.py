@@ -17,9 +17,9 @@ from drafter.borrowed import tensor_files
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.acceptance import ACCEPTANCE, acceptance_lines
 from drafter.evaluation.loading import PROVENANCE
-from drafter.export_rules import Finding, config_rules, said_by
+from drafter.export_rules import IDS_RULE, SIZES_RULE, Finding, config_rules, said_by
 from drafter.export_tensors import tensor_rules
-from drafter.speculators_layout import is_speculators, verifier_name
+from drafter.speculators_layout import is_speculators, local_verifier, verifier_name
 
 
 def check_export(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
@@ -30,6 +30,8 @@ def check_export(folder: Path, config: Mapping[str, Any]) -> list[Finding]:
         config: Content of its config.json.
     """
     findings = config_rules(config)
+    if any(one.fault for one in findings if one.rule in (SIZES_RULE, IDS_RULE)):
+        return findings  # no shape can be told
     try:
         files = tensor_files(folder)
     except UserError as error:
@@ -55,7 +57,7 @@ def launch_lines(folder: Path, config: Mapping[str, Any]) -> list[str]:
     `--speculative-algorithm DFLASH` of SGLang) and the cards of published DFlash drafters.
     """
     said = said_by(config)
-    target = _target_of(folder, config) or "TARGET"
+    target, explained = _target_of(folder, config)
     speculative = {
         "method": "dflash",
         "model": str(folder),
@@ -68,6 +70,7 @@ def launch_lines(folder: Path, config: Mapping[str, Any]) -> list[str]:
         *("--speculative-num-draft-tokens", str(said.block_size)),
     ]
     lines = [f"vLLM:   {shlex.join(vllm)}"]
+    lines += [explained] if explained else []
     if is_speculators(config):
         return [*lines, "SGLang: reads the z-lab layout; export it with --format zlab"]
     return [*lines, f"SGLang: {shlex.join(sglang)}"]
@@ -87,21 +90,42 @@ def main(args: list[str]) -> None:
             print(f"fault  {one.rule}: {one.fault}; {one.mend}" if one.fault else f"ok  {one.rule}")
         faults = sum(bool(one.fault) for one in findings)
         print(f"{folder}: {faults} of {len(findings)} rules are broken", flush=True)
+        print_warnings(folder, config)
         if faults:
             sys.exit(1)
         for line in [*launch_lines(folder, config), *_expected(folder)]:
             print(line, flush=True)
 
 
-def _target_of(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Returns the target's folder or hub name, where config or provenance tell it."""
+def print_warnings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Says what others than this machine's users cannot load."""
+    name = local_verifier(config)
+    if name is not None:
+        print(
+            f"warning: {folder} names its target by a path of this machine ({name}), which others "
+            "cannot load; export it with --verifier and the target's hub name",
+            flush=True,
+        )
+
+
+def _target_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns what a launch line has as target, and a word on it where that is a stand-in."""
     name = verifier_name(config)
-    if name is None and (folder / PROVENANCE).is_file():
-        try:
-            name = json.loads((folder / PROVENANCE).read_text())["target"]["path"]
-        except (ValueError, KeyError, TypeError):
-            return None
-    return name
+    if name is not None:
+        return name, ""
+    unknown = "TARGET is the target that it was trained with"
+    try:
+        target = json.loads((folder / PROVENANCE).read_text())["target"]
+        path, gguf_file = target["path"], target.get("gguf_file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "TARGET", unknown
+    if path is None:
+        return "TARGET", unknown
+    if gguf_file is None:
+        return str(path), ""
+    if (Path(path) / gguf_file).is_file():
+        return str(Path(path) / gguf_file), ""
+    return "TARGET", f"TARGET is the file {gguf_file} of {path}"
 
 
 def _expected(folder: Path) -> list[str]:

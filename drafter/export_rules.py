@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from drafter.config import MAX_BLOCK_SIZE
-from drafter.speculators_layout import is_speculators, verifier_name
+from drafter.speculators_layout import is_speculators, told_block_size, verifier_name
 
 FILE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+IDS_RULE = "target layer ids are different layers, none of them the last"
+SIZES_RULE = "sizes are whole numbers from 1"
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -82,7 +84,7 @@ def _from_zlab(config: Mapping[str, Any]) -> Said:
         dflash.get("mask_token_id"),
         dflash.get("target_layer_ids"),
         config.get("num_target_layers"),
-        config.get("dtype", config.get("torch_dtype")),
+        _dtype(config),
     )
 
 
@@ -90,12 +92,16 @@ def _from_speculators(config: Mapping[str, Any]) -> Said:
     ids = config.get("aux_hidden_state_layer_ids")
     return Said(
         _mapping(config.get("transformer_layer_config")),
-        config.get("block_size"),
+        told_block_size(config),
         config.get("mask_token_id"),
         [i - 1 for i in ids] if _is_ints(ids) else ids,
         config.get("num_target_layers"),
-        config.get("dtype"),
+        _dtype(config),
     )
+
+
+def _dtype(config: Mapping[str, Any]) -> Any:
+    return config.get("dtype", config.get("torch_dtype"))
 
 
 def _zlab_rules(config: Mapping[str, Any]) -> list[Finding]:
@@ -159,6 +165,7 @@ def _common_rules(said: Said) -> list[Finding]:
     layers, ids, most = said.layers, said.target_layer_ids, said.num_target_layers
     last = most - 2 if _is_int(most) and most > 1 else None
     rope = _mapping(layers.get("rope_parameters"))
+    scaling = _mapping(layers.get("rope_scaling"))
     thetas = {
         float(found["rope_theta"])
         for found in (layers, rope)
@@ -177,12 +184,13 @@ def _common_rules(said: Said) -> list[Finding]:
         rule(
             "mask_token_id is a token of the vocabulary",
             _is_int(said.mask_token_id)
-            and 0 <= said.mask_token_id < int(layers.get("vocab_size") or 0),
+            and _is_int(layers.get("vocab_size"))
+            and 0 <= said.mask_token_id < layers["vocab_size"],
             f"it is {said.mask_token_id!r}, of {layers.get('vocab_size')} tokens",
             "write the id that it was trained with",
         ),
         rule(
-            "target layer ids are different layers, none of them the last",
+            IDS_RULE,
             _is_ints(ids)
             and len(set(ids)) == len(ids) > 0
             and min(ids) >= 0
@@ -191,14 +199,14 @@ def _common_rules(said: Said) -> list[Finding]:
             "write those that it was trained with (speculators writes each plus 1)",
         ),
         rule(
-            "sizes are whole numbers from 1",
+            SIZES_RULE,
             not absent,
             f"{', '.join(absent)}: {', '.join(repr(layers.get(key)) for key in absent)}",
             "write them",
         ),
         _equal(layers, "hidden_act", "silu"),
         rule(
-            "every layer has full attention",
+            "every layer has full attention (our rule, not an engine's)",
             full and not layers.get("use_sliding_window"),
             f"layer_types is {kinds!r} for {depth} layers, "
             f"use_sliding_window {layers.get('use_sliding_window')!r}",
@@ -211,8 +219,20 @@ def _common_rules(said: Said) -> list[Finding]:
             "write the target's into both",
         ),
         rule(
+            "rope_scaling and rope_parameters say the same",
+            "rope_scaling" not in layers or not rope or _kind(scaling) == _kind(rope),
+            f"type and factor are {_kind(scaling)} and {_kind(rope)}",
+            "write the target's into both",
+        ),
+        rule(
+            "num_target_layers, if told, is at least 1",
+            most is None or (_is_int(most) and most >= 1),
+            f"it is {most!r}",
+            "write the target's number of layers, or leave it out",
+        ),
+        rule(
             f"dtype is one of {', '.join(FILE_DTYPES)}",
-            said.dtype in FILE_DTYPES,
+            str(said.dtype) in FILE_DTYPES,
             f"it is {said.dtype!r}",
             "write that of the file",
         ),
@@ -222,6 +242,11 @@ def _common_rules(said: Said) -> list[Finding]:
 def _equal(found: Mapping[str, Any], key: str, wanted: Any, where: str = "") -> Finding:
     value = found.get(key)
     return rule(f"{where}{key} is {wanted!r}", value == wanted, f"it is {value!r}", "write that")
+
+
+def _kind(rope: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns type and factor; older configs call the first "type"."""
+    return rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

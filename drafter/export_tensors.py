@@ -52,7 +52,7 @@ def tensor_rules(said: Said, files: Mapping[str, Path], speculators: bool) -> li
     """Returns every rule for the weights, kept or not.
 
     Args:
-        said: By config.json.
+        said: By config.json; its sizes and layer ids are whole numbers.
         files: Tensor to file.
         speculators: Older files of that layout hold the target's tensors; its loader replaces them.
     """
@@ -68,10 +68,7 @@ def tensor_rules(said: Said, files: Mapping[str, Path], speculators: bool) -> li
     ]
     if speculators and borrowed:
         findings = [Finding(f"{', '.join(borrowed)}: read, then replaced by the target's")]
-    try:
-        shapes = expected_shapes(said)
-    except (KeyError, TypeError) as error:
-        return [*findings, Finding("tensors fit the config", f"it lacks {error}", "mend that")]
+    shapes = expected_shapes(said)
     missing, unknown = sorted(shapes.keys() - own.keys()), sorted(own.keys() - shapes.keys())
     wrong, dtypes, infinite = [], set(), []
     for name, file in own.items():

@@ -20,13 +20,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from drafter.borrowed import BORROWED, WEIGHTS, leave_out, read_tensor, tensor_files
-from drafter.config import DrafterConfig
+from drafter.config import DrafterConfig, check_supported
 from drafter.errors import UserError
 from drafter.files import write_atomic
 from drafter.model import Drafter
@@ -41,6 +43,12 @@ _NOT_OF_LAYERS = (
     "num_target_layers",
     "transformers_version",
 )
+
+
+def told_block_size(said: Mapping[str, Any]) -> Any:
+    """Returns what a config.json of the library has as block_size, None without."""
+    nested = said.get("dflash_config")
+    return said.get("block_size", nested.get("block_size") if isinstance(nested, dict) else None)
 
 
 def is_speculators(said: Mapping[str, Any]) -> bool:
@@ -67,7 +75,7 @@ def verifier_of(
             "the speculators layout names its target, and what this drafter was trained for is "
             "not known; give the target's folder or hub name as --verifier."
         )
-    if named is None and (gguf_file is not None or name.endswith(".gguf")):
+    if (named is None and gguf_file is not None) or name.endswith(".gguf"):
         raise UserError(
             f"the speculators library reads its target from safetensors, and {name} is GGUF; give "
             "the same model's folder or hub name as --verifier."
@@ -93,6 +101,9 @@ def speculators_config(
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
+    told: dict[str, Any] = {}  # ours; the library keeps what it ignores
+    if config.num_target_layers:
+        told["num_target_layers"] = config.num_target_layers
     return {
         "architectures": ["DFlashDraftModel"],
         "speculators_model_type": "dflash",
@@ -113,7 +124,7 @@ def speculators_config(
         "sliding_window_non_causal": False,
         "tie_word_embeddings": False,
         "dtype": dtype,
-        "num_target_layers": config.num_target_layers,  # ours; the library keeps what it ignores
+        **told,
     }
 
 
@@ -148,12 +159,11 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
             "drafters can be read."
         )
     layers = copy.deepcopy(said.get("transformer_layer_config"))  # reading it changes its rope
-    nested = said.get("dflash_config") or {}
     needed = {
         "transformer_layer_config": layers,
         "aux_hidden_state_layer_ids": said.get("aux_hidden_state_layer_ids"),
         "mask_token_id": said.get("mask_token_id"),
-        "block_size": said.get("block_size", nested.get("block_size")),
+        "block_size": told_block_size(said),
     }
     for key, value in needed.items():
         if value is None:
@@ -172,8 +182,6 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
         )
     if said.get("sample_from_anchor"):
         raise UserError(f"{where} predicts a token at the anchor's slot, which is never done here.")
-    if "sliding_attention" in (layers.get("layer_types") or []):
-        raise UserError(f"{where} has layers of sliding attention, which drafters here do not.")
     ids = [int(i) - 1 for i in needed["aux_hidden_state_layer_ids"]]
     if min(ids, default=0) < 0:
         raise UserError(
@@ -186,6 +194,7 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
     layers["num_target_layers"] = said.get("num_target_layers") or _target_layers(said)
     layers["dflash_config"] = {"mask_token_id": needed["mask_token_id"], "target_layer_ids": ids}
     config: DrafterConfig = DrafterConfig.from_dict(layers)
+    check_supported(config, where)
     return config
 
 
@@ -216,7 +225,8 @@ def read_speculators(folder: Path, said: Mapping[str, Any]) -> tuple[Drafter, di
                 f"{folder}: {name} is {tuple(tensor.shape)}, but its config.json asks for "
                 f"{tuple(wanted[name].shape)}."
             )
-    drafter = drafter.to(state["fc.weight"].dtype)
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+    drafter = drafter.to(widest)
     drafter.load_state_dict(state)
     drafter.config.dtype = drafter.dtype
     if borrowed:
@@ -226,9 +236,20 @@ def read_speculators(folder: Path, said: Mapping[str, Any]) -> tuple[Drafter, di
 
 def verifier_name(said: Mapping[str, Any]) -> str | None:
     """Returns the target's folder or hub name as the config has it."""
-    verifier = (said.get("speculators_config") or {}).get("verifier") or {}
-    name = verifier.get("name_or_path")
-    return None if name is None else str(name)
+    how = said.get("speculators_config")
+    verifier = how.get("verifier") if isinstance(how, dict) else None
+    name = verifier.get("name_or_path") if isinstance(verifier, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
+def local_verifier(said: Mapping[str, Any]) -> str | None:
+    """Returns the target's name in a speculators config if it is a path of this machine."""
+    name = verifier_name(said)
+    if name is None or not (
+        name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists()
+    ):
+        return None
+    return name
 
 
 def _target_layers(said: Mapping[str, Any]) -> int:

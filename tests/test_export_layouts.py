@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import OlmoConfig, OlmoForCausalLM
 
+from drafter.borrowed import check_borrowed
 from drafter.config import DrafterConfig
 from drafter.errors import UserError
 from drafter.evaluation.loading import LoadedDrafter, check_fits, drafter_fingerprint, load_drafter
@@ -173,6 +177,8 @@ def test_a_speculators_config_says_what_its_library_reads(loaded, target_dir, tm
     assert said["transformer_layer_config"].items() >= LAYERS.items()
     assert said["transformer_layer_config"]["rope_theta"] == 10000.0
     assert said["transformer_layer_config"]["rope_parameters"]["rope_theta"] == 10000.0
+    assert said["target_hidden_size"] is None
+    assert said["num_target_layers"] == 4
     assert not said["sample_from_anchor"]
 
 
@@ -182,6 +188,8 @@ def test_a_round_trip_through_the_other_layout_changes_no_byte(loaded, tmp_path,
     first = load_drafter(str(tmp_path / "a"))
     export(first, tmp_path / "b", dtype, layout="speculators")
     second = load_drafter(str(tmp_path / "b"))
+    layers = json.loads((tmp_path / "b" / "config.json").read_text())["transformer_layer_config"]
+    assert "_name_or_path" not in layers
     assert second.fingerprint == first.fingerprint
     assert second.drafter.dtype == getattr(torch, dtype)
     assert second.drafter.config.target_layer_ids == (0, 2)
@@ -213,6 +221,7 @@ def test_folders_of_others_are_one_drafter_in_both_layouts(
         "verifier_norm.weight: the same as the target's\n"
     )
     assert found.target_path == target_dir
+    assert found.drafter.config.num_target_layers == 4  # of the target's folder
     check_fits(found, target)
     known = load_drafter(str(ours)).drafter
     for config in (found.drafter.config, known.config):
@@ -238,9 +247,112 @@ def test_a_target_that_is_not_here_is_compared_once_it_is_loaded(target, tmp_pat
     other = write(tmp_path / "other", speculators_config("someone/model"), weights() | head)
     with pytest.raises(UserError, match=r"its lm_head.weight is not the head of .*llama"):
         check_fits(load_drafter(str(other)), target)
-    last = speculators_config("someone/model") | {"aux_hidden_state_layer_ids": [1, 4]}
-    with pytest.raises(UserError, match="names layer 3, the target's last"):
-        check_fits(load_drafter(str(write(tmp_path / "last", last, weights()))), target)
+    norm = {"verifier_norm.weight": target.final_norm.weight + 1}
+    other = write(tmp_path / "norm", speculators_config("someone/model"), weights() | norm)
+    with pytest.raises(UserError, match=r"its verifier_norm.weight is not the final norm of"):
+        check_fits(load_drafter(str(other)), target)
+
+
+@pytest.mark.parametrize("verifier", ["someone/model", None])
+@pytest.mark.parametrize("told", [{}, {"num_target_layers": 4}])
+@pytest.mark.parametrize(
+    ("ids", "said"), [([1, 4], "names layer 3, the target's last"), ([1, 9], "names layer 8, but")]
+)
+def test_layer_ids_are_held_to_the_target_whoever_told_its_layers(
+    target, target_dir, tmp_path, verifier, told, ids, said
+):
+    config = speculators_config(verifier or target_dir) | told | {"aux_hidden_state_layer_ids": ids}
+    with pytest.raises(UserError, match=said):
+        check_fits(load_drafter(str(write(tmp_path / "folder", config, weights()))), target)
+
+
+def test_a_number_of_layers_that_nothing_tells_is_no_part_of_a_drafter(
+    target_dir, tmp_path, capsys
+):
+    away = load_drafter(str(write(tmp_path / "a", speculators_config("some/one"), weights())))
+    here = load_drafter(str(write(tmp_path / "b", speculators_config(target_dir), weights())))
+    assert (away.drafter.config.num_target_layers, here.drafter.config.num_target_layers) == (0, 4)
+    assert away.fingerprint == here.fingerprint
+    told = speculators_config("some/one") | {"num_target_layers": 4}
+    told_drafter = load_drafter(str(write(tmp_path / "c", told, weights())))
+    assert told_drafter.fingerprint == drafter_fingerprint(here.drafter) != here.fingerprint
+    with pytest.raises(UserError, match=r"does not tell how many layers .*write num_target_layers"):
+        export(away, tmp_path / "out", "float32")
+    assert not (tmp_path / "out").exists()
+    export(away, tmp_path / "out", "float32", layout="speculators")
+    assert "num_target_layers" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert load_drafter(str(tmp_path / "out")).fingerprint == away.fingerprint
+
+
+def test_a_target_whose_norm_has_no_weight_fits(target_dir, tmp_path):
+    olmo = OlmoConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        eos_token_id=1,
+    )
+    OlmoForCausalLM(olmo).save_pretrained(tmp_path / "olmo")
+    for file in Path(target_dir).glob("*token*"):
+        shutil.copy(file, tmp_path / "olmo")
+    olmo_target = Target.load(str(tmp_path / "olmo"), dtype="float32")
+    check_fits(load_drafter(str(write(tmp_path / "a", zlab_config(), weights()))), olmo_target)
+    own = weights() | {
+        "lm_head.weight": olmo_target.head.weight,
+        "verifier_norm.weight": torch.ones(32),
+    }
+    found = load_drafter(str(write(tmp_path / "b", speculators_config("some/one"), own)))
+    check_fits(found, olmo_target)
+
+
+def test_borrowed_tensors_are_compared_as_the_coarser_dtype_has_them(tmp_path, capsys):
+    theirs = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    save_file({"lm_head.weight": theirs}, tmp_path / "a.safetensors")
+    save_file({"lm_head.weight": theirs.bfloat16()}, tmp_path / "b.safetensors")
+    fine, coarse = ({"lm_head.weight": tmp_path / f"{name}.safetensors"} for name in "ab")
+    check_borrowed("ours", fine, {"head": theirs.bfloat16()}, "it")
+    check_borrowed("ours", coarse, {"head": theirs}, "it")
+    check_borrowed("ours", coarse, {"head": theirs.half()}, "it")
+    for borrowed in (fine, coarse):
+        with pytest.raises(UserError, match=r"its lm_head.weight is not the head of it"):
+            check_borrowed("ours", borrowed, {"head": theirs * 1.02}, "it")
+    assert not capsys.readouterr().out
+    check_borrowed("ours", fine, {"head": theirs * 1.02}, "it", exact=False)  # of a GGUF file
+    assert (
+        capsys.readouterr().out == "warning: ours: its lm_head.weight is not quite the head of it\n"
+    )
+    with pytest.raises(UserError, match="is not the head"):
+        check_borrowed("ours", fine, {"head": theirs[:8]}, "it", exact=False)
+
+
+def test_what_is_left_out_is_told_apart_by_whether_it_was_compared(target, tmp_path, capsys):
+    tied = tmp_path / "tied"  # a head under the embedding's name; no final norm
+    tied.mkdir()
+    save_file({"model.embed_tokens.weight": target.embedding_weight}, tied / "model.safetensors")
+    own = {"lm_head.weight": target.embedding_weight, "verifier_norm.weight": torch.ones(32)}
+    folder = write(tmp_path / "folder", speculators_config(str(tied)), weights() | own)
+    load_drafter(str(folder))
+    assert capsys.readouterr().out == (
+        f"{folder}: left out lm_head.weight: the same as the target's; "
+        "verifier_norm.weight: the target's, compared when it is loaded\n"
+    )
+    wrong = weights() | {"lm_head.weight": target.embedding_weight + 1}
+    folder = write(tmp_path / "wrong", speculators_config(str(tied)), wrong)
+    with pytest.raises(UserError, match=r"lm_head.weight is not the head of"):
+        load_drafter(str(folder))
+
+
+def test_weights_of_several_dtypes_are_read_in_the_widest(tmp_path):
+    mixed = {name: tensor.bfloat16() for name, tensor in weights().items()}
+    mixed["norm.weight"] = weights()["norm.weight"]
+    found = load_drafter(str(write(tmp_path / "a", speculators_config("some/one"), mixed))).drafter
+    assert found.dtype == torch.float32
+    assert all(torch.equal(found.state_dict()[name], mixed[name].float()) for name in mixed)
 
 
 def test_an_embedding_of_its_own_is_refused_by_name(target, target_dir, tmp_path):
@@ -248,6 +360,15 @@ def test_an_embedding_of_its_own_is_refused_by_name(target, target_dir, tmp_path
     folder = write(tmp_path / "own", speculators_config(target_dir), weights() | own)
     with pytest.raises(UserError, match=r"embed_tokens.weight is not the embedding of .*llama"):
         load_drafter(str(folder))
+
+
+OF_LAYERS = {
+    "layer_types",
+    "use_sliding_window",
+    "max_window_layers",
+    "hidden_act",
+    "num_hidden_layers",
+}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +385,9 @@ def test_an_embedding_of_its_own_is_refused_by_name(target, target_dir, tmp_path
         ({"block_size": 1}, "block_size is 1"),
         ({"block_size": "many"}, "is not a drafter's folder"),
         ({"transformer_layer_config": None}, "has no transformer_layer_config"),
-        ({"layer_types": ["sliding_attention"]}, "sliding attention"),
+        ({"layer_types": ["sliding_attention"]}, "of sliding_attention, not supported here yet"),
+        ({"use_sliding_window": True, "max_window_layers": 0}, "of sliding_attention, not supp"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "has hidden_act 'gelu_pytorch_tanh'; only silu"),
         ({"num_hidden_layers": 2}, r"missing tensors \['layers.1.input"),
         ({"+": "t2d"}, r"unexpected tensors \['t2d'\]"),
         ({"-": "norm.weight"}, r"missing tensors \['norm.weight'\]"),
@@ -277,12 +400,16 @@ def test_what_is_not_ours_to_run_is_refused(tmp_path, changes, said):
             tensors[value] = torch.zeros(256, dtype=torch.bool)
         elif key == "-":
             del tensors[value]
-        elif key in ("layer_types", "num_hidden_layers"):
+        elif key in OF_LAYERS:
             config["transformer_layer_config"][key] = value
         else:
             config[key] = value
     with pytest.raises(UserError, match=said):
         load_drafter(str(write(tmp_path / "folder", config, tensors)))
+    if changes.keys() <= OF_LAYERS - {"num_hidden_layers"}:
+        zlab = write(tmp_path / "zlab", zlab_config() | changes, tensors)
+        with pytest.raises(UserError, match=said):
+            load_drafter(str(zlab))
 
 
 def test_a_folder_in_pieces_or_without_weights(tmp_path):
@@ -299,6 +426,14 @@ def test_a_folder_in_pieces_or_without_weights(tmp_path):
     index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert load_drafter(str(folder)).fingerprint == whole
+    for wrong, said in (("gone.safetensors", "No such file"), ("two.safetensors", "has no fc")):
+        index["weight_map"]["fc.weight"] = wrong
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=rf"its model.safetensors can't be read: .*{said}"):
+            load_drafter(str(folder))
+        with pytest.raises(SystemExit) as stopped:
+            main(["check", str(folder)])
+        assert stopped.value.code == 1
 
 
 def test_a_target_that_the_library_could_not_read_is_named(loaded, tmp_path):
@@ -311,6 +446,13 @@ def test_a_target_that_the_library_could_not_read_is_named(loaded, tmp_path):
     export(loaded, output, layout="speculators", verifier="someone/model")
     said = json.loads((output / "config.json").read_text())["speculators_config"]["verifier"]
     assert said == {"name_or_path": "someone/model", "architectures": []}
+    with pytest.raises(UserError, match=r"other.gguf is GGUF.*--verifier"):
+        export(loaded, output, layout="speculators", verifier="other.gguf")
+    with pytest.raises(UserError, match="--verifier is told by the speculators layout only"):
+        export(loaded, output, verifier="someone/model")
+    loaded.target_path, loaded.target_gguf_file = None, None
+    export(loaded, tmp_path / "named", layout="speculators", verifier="someone/model")
+    assert load_drafter(str(tmp_path / "named")).target_path == "someone/model"
     with pytest.raises(UserError, match="format 'gguf' is unknown; choose one of zlab, spec"):
         export(loaded, output, layout="gguf")
 
@@ -324,7 +466,8 @@ def test_an_upload_that_fails_is_one_sentence_and_keeps_the_folder(
         def create_repo(self, name, exist_ok):
             calls.append((name, exist_ok))
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
+            assert {"acceptance.json", "config.yaml", "config.json"} < set(delete_patterns)
             files = sorted(path.name for path in (tmp_path / "out").iterdir())
             calls.append((repo_id, folder_path, files))
             return f"https://hub/{repo_id}"

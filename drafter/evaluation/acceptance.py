@@ -48,6 +48,7 @@ def expected_acceptance(result: Mapping[str, Any]) -> dict[str, Any]:
             }
             measured.append(
                 {
+                    "fingerprint": drafter.get("fingerprint"),
                     "mode": mode,
                     "block_size": drafter.get("block_size"),
                     "search": drafter.get("search"),
@@ -82,8 +83,9 @@ def acceptance_lines(saved: Mapping[str, Any]) -> list[str]:
             values = [rate["value"] for rate in figures.get("accept_rate", [])]
             rates = list(takewhile(lambda rate: rate is not None, values))  # no round went further
             if rates:
-                reached = accumulate(rates, mul)
                 lines.append(f"    by slot, of rounds that reach it: {_percent(rates)} %")
+            if rates and name != "average":  # a product of averages is no set's
+                reached = accumulate(rates, mul)
                 lines.append(f"    by slot, of all rounds: {_percent(list(reached))} %")
     return lines
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from drafter.borrowed import check_borrowed
-from drafter.config import DrafterConfig, check_block_size
+from drafter.config import DrafterConfig, check_block_size, check_supported
 from drafter.errors import UserError
 from drafter.files import pieces
 from drafter.layer_ids import check_layer_ids
@@ -61,9 +61,16 @@ class LoadedDrafter:
     borrowed: dict[str, Path] = field(default_factory=dict)
 
 
-def drafter_fingerprint(drafter: Drafter) -> str:
-    """Returns 20 hex digits of a hash over a drafter's config and weights."""
-    config = {k: v for k, v in drafter.config.to_dict().items() if k not in _INCIDENTAL}
+def drafter_fingerprint(drafter: Drafter, layers_told: bool = True) -> str:
+    """Returns 20 hex digits of a hash over a drafter's config and weights.
+
+    Args:
+        drafter: As it was read.
+        layers_told: Whether its folder tells the target's number of layers; what is found out
+            otherwise depends on what else is there, and does not count.
+    """
+    left_out = _INCIDENTAL if layers_told else (*_INCIDENTAL, "num_target_layers")
+    config = {k: v for k, v in drafter.config.to_dict().items() if k not in left_out}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(drafter.state_dict().items()):
         digest.update(name.encode())
@@ -110,11 +117,13 @@ def _full(path: str) -> str:
 def _read_folder(folder: Path, path: str) -> LoadedDrafter:
     borrowed: dict[str, Path] = {}
     target_path = None
+    layers_told = True
     try:
         said = json.loads((folder / "config.json").read_text())
         if is_speculators(said):
             drafter, borrowed = read_speculators(folder, said)
             target_path = verifier_name(said)
+            layers_told = bool(said.get("num_target_layers"))
         else:
             drafter = _read_zlab(folder)
     except UserError:
@@ -125,7 +134,7 @@ def _read_folder(folder: Path, path: str) -> LoadedDrafter:
     return LoadedDrafter(
         _full(path),
         drafter.eval(),
-        drafter_fingerprint(drafter),
+        drafter_fingerprint(drafter, layers_told),
         str(folder),
         target_path,
         borrowed=borrowed,
@@ -137,6 +146,7 @@ def _read_zlab(folder: Path) -> Drafter:
     drafter, info = Drafter.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
     config = drafter.config
     _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
+    check_supported(config, folder)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise UserError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}.")
@@ -150,7 +160,8 @@ def _read_provenance(loaded: LoadedDrafter, file: Path) -> None:
     try:
         loaded.provenance = json.loads(file.read_text())
         target = loaded.provenance["target"]
-        loaded.target_path, loaded.target_gguf_file = target["path"], target["gguf_file"]
+        loaded.target_path = target["path"] or loaded.target_path
+        loaded.target_gguf_file = target["gguf_file"]
         loaded.target_fingerprint, loaded.target_dtype = target["fingerprint"], target["dtype"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} can't be read ({error}); remove it to go without.") from error
@@ -192,7 +203,6 @@ def check_fits(loaded: LoadedDrafter, target: Target) -> None:
     """Raises UserError for a target of another shape; warns of another target of the same."""
     config = loaded.drafter.config
     if config.num_target_layers == 0:  # the speculators library's folders do not say
-        check_layer_ids(config.target_layer_ids, target.num_layers)
         config.num_target_layers = target.num_layers
     wanted = {
         "hidden size": (config.hidden_size, target.hidden_size),
@@ -207,16 +217,20 @@ def check_fits(loaded: LoadedDrafter, target: Target) -> None:
             f"{loaded.name} was made for a target of {', '.join(wrong)} as {target.path} has; give "
             "the target that it was trained with."
         )
+    check_layer_ids(config.target_layer_ids, target.num_layers)
     if config.mask_token_id >= target.vocab_size:
         raise UserError(
             f"{loaded.name}: its mask token id {config.mask_token_id} is beyond the target's "
             f"{target.vocab_size} embedding rows."
         )
-    theirs: dict[str, Any] = {
-        "embedding": target.embedding_weight,
-        "head": target.head.weight,
-        "final norm": target.final_norm.weight,
-    }
-    check_borrowed(loaded.name, loaded.borrowed, theirs, target.path)
+    if loaded.borrowed:
+        theirs = {
+            "embedding": target.embedding_weight,
+            "head": target.head.weight,
+            "final norm": getattr(target.final_norm, "weight", None),  # OLMo's has none
+        }
+        known = {what: weight for what, weight in theirs.items() if weight is not None}
+        gguf = target.gguf_file is not None or target.path.endswith(".gguf")
+        check_borrowed(loaded.name, loaded.borrowed, known, target.path, exact=not gguf)
     if loaded.target_fingerprint not in (None, target.fingerprint):
         print(f"warning: {loaded.name} was trained with other weights than {target.path} holds")
