@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from drafter.config import DrafterConfig
-from drafter.evaluation.loading import LoadedDrafter, drafter_fingerprint
+from drafter.evaluation.loading import LoadedDrafter, drafter_fingerprint, load_drafter
 from drafter.evaluation.results import summarise
 from drafter.evaluation.tallies import COUNTS, Tally
 from drafter.export import export, main
 from drafter.export_check import check_export, read_config
+from drafter.export_rules import said_by
+from drafter.export_tensors import expected_shapes
 from drafter.model import Drafter
 
 
@@ -112,6 +115,9 @@ FAULTS = {
         ({"tensors": add("lm_head.weight", torch.zeros(64, 16).bfloat16())}, "no embedding"),
     ],
     "speculators": [
+        ({"speculators_config": []}, "speculators_config pro"),
+        ({"speculators_config.verifier": "a/target"}, "speculators_config.verifier"),
+        ({"aux_hidden_state_layer_ids": None}, "target layer ids"),
         ({"aux_hidden_state_layer_ids": [0, 4]}, "target layer ids"),
         ({"aux_hidden_state_layer_ids": [2, 6]}, "target layer ids"),
         ({"draft_vocab_size": 32}, "draft_vocab_size"),
@@ -129,6 +135,13 @@ FAULTS = {
         ({"layer_types": ["sliding_attention"]}, "every layer has full"),
         ({"use_sliding_window": True}, "every layer has full"),
         ({"rope_theta": 1.0}, "rope_theta and"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling and"),
+        ({"rope_parameters.rope_type": "linear"}, "rope_scaling and"),
+        ({"rope_parameters.factor": 2.0}, "rope_scaling and"),
+        ({"num_target_layers": 0}, "num_target_layers, if told"),
+        ({"num_target_layers": "many"}, "num_target_layers, if told"),
+        ({"vocab_size": "many"}, "sizes are"),
+        ({"attention_bias": True}, "all tensors"),
         ({"vocab_size": 0}, "sizes are"),
         ({"intermediate_size": 32}, "shapes fit"),
         ({"dtype": "float32"}, "the file's dtype"),
@@ -142,10 +155,32 @@ FAULTS = {
 }
 FOLLOWS = {
     "block_size is 2 to": {"speculators_config pro"},
+    "speculators_config pro": {"speculators_config.verifier", "speculators_config.algorithm"},
     "sizes are": {"mask_token_id is a token", "draft_vocab_size"},
     "dtype is one of": {"the file's dtype"},
 }
 """Rules that cannot be kept where another is broken."""
+MENDS = {
+    "architectures is": "write that",
+    "block_size stands once": "write it at the top level or in dflash_config",
+    "block_size is 2 to": "write the K that it was trained with",
+    "mask_token_id is a token": "write the id that it was trained with",
+    "target layer ids": "(speculators writes each plus 1)",
+    "no embedding": "leave it out: the engine has the target's",
+    "draft_vocab_size": "write 64",
+    "sample_from_anchor": "write false",
+    "speculators_config.verifier": "or export with --verifier",
+    "every layer has full": "write full_attention once for each layer",
+    "rope_theta and": "write the target's into both",
+    "rope_scaling and": "write the target's into both",
+    "num_target_layers, if told": "or leave it out",
+    "shapes fit": "export it anew from the run",
+    "all tensors": "export it anew from the run",
+    "no others": "leave them out",
+    "the file's dtype": "write the file's dtype into config.json",
+    "weights are finite": "export it anew from the run",
+}
+"""A word of each rule's mend."""
 CASES = [(layout, *case) for layout in ("zlab", "speculators") for case in FAULTS[layout]] + [
     (layout, *case) for layout in ("zlab", "speculators") for case in FAULTS["both"]
 ]
@@ -156,7 +191,8 @@ def test_each_fault_is_found_alone_with_its_mend(folders, tmp_path, layout, chan
     folder = tmp_path / "folder"
     shutil.copytree(folders / layout, folder)
     inner = {"hidden_act", "layer_types", "use_sliding_window", "rope_theta"}
-    inner |= {"vocab_size", "intermediate_size"}
+    inner |= {"vocab_size", "intermediate_size", "attention_bias", "rope_scaling"}
+    inner |= {"rope_parameters.rope_type", "rope_parameters.factor"}
     if layout == "speculators":
         changes = {
             f"transformer_layer_config.{key}" if key in inner else key: value
@@ -169,6 +205,79 @@ def test_each_fault_is_found_alone_with_its_mend(folders, tmp_path, layout, chan
     others = [one.rule for one in faults if not any(one.rule.startswith(start) for start in known)]
     assert not others
     assert all(one.mend for one in faults)
+    if rule in MENDS:
+        assert any(MENDS[rule] in one.mend for one in faults if one.rule.startswith(rule))
+
+
+@pytest.mark.parametrize("layout", ["zlab", "speculators"])
+def test_what_the_loader_takes_from_elsewhere_is_no_fault(folders, tmp_path, layout):
+    folder = tmp_path / "folder"
+    shutil.copytree(folders / layout, folder)
+    said = json.loads((folder / "config.json").read_text())
+    said["torch_dtype"] = said.pop("dtype")
+    said.setdefault("dflash_config", {})["block_size"] = said.pop("block_size")
+    (folder / "config.json").write_text(json.dumps(said))
+    assert not [one for one in check_export(folder, read_config(folder)) if one.fault]
+    assert load_drafter(str(folder)).drafter.config.block_size == 8
+
+
+def test_biases_are_expected_where_the_config_has_them():
+    loaded = made()
+    config = DrafterConfig.from_dict(loaded.drafter.config.to_dict() | {"attention_bias": True})
+    wanted = {name: tuple(one.shape) for name, one in Drafter(config).state_dict().items()}
+    assert "layers.0.self_attn.k_proj.bias" in wanted
+    assert expected_shapes(said_by(config.to_dict())) == wanted
+
+
+def test_a_launch_line_has_a_gguf_target_as_a_file(tmp_path, capsys):
+    loaded = made()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "q4.gguf").write_bytes(b"")
+    loaded.target_path, loaded.target_gguf_file = str(tmp_path / "model"), "q4.gguf"
+    export(loaded, tmp_path / "here")
+    main(["check", str(tmp_path / "here")])
+    assert f"vllm serve {tmp_path / 'model' / 'q4.gguf'} --spec" in capsys.readouterr().out
+    loaded.target_path = "some/folder-GGUF"
+    export(loaded, tmp_path / "away")
+    main(["check", str(tmp_path / "away")])
+    said = capsys.readouterr().out
+    assert "vllm serve TARGET --spec" in said
+    assert "\nTARGET is the file q4.gguf of some/folder-GGUF\n" in said
+    (tmp_path / "away" / "provenance.json").unlink()
+    main(["check", str(tmp_path / "away")])
+    assert "\nTARGET is the target that it was trained with\n" in capsys.readouterr().out
+
+
+def test_a_target_by_a_path_of_this_machine_is_warned_of(folders, tmp_path, capsys):
+    for path in (str(tmp_path), "./runs/target", "runs/a/target"):
+        loaded = made()
+        loaded.target_path = path
+        export(loaded, tmp_path / "out", layout="speculators")
+        main(["check", str(tmp_path / "out")])
+        assert f"path of this machine ({path}), which others cannot" in capsys.readouterr().out
+    main(["check", str(folders / "speculators")])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
+    loaded = made()
+    export(loaded, tmp_path / "out")
+    before = (tmp_path / "out" / "config.json").read_bytes()
+    rename = Path.rename
+
+    def refuse(self, other):
+        if self.name == ".out.part":
+            raise OSError("no space")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no space"):
+        export(loaded, tmp_path / "out", "float32")
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
+    monkeypatch.undo()
+    export(loaded, tmp_path / "out", "float32")
+    assert (tmp_path / "out" / "config.json").read_bytes() != before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_fault_ends_with_code_1_and_no_launch_line(folders, tmp_path, capsys):
@@ -250,6 +359,7 @@ def test_measured_acceptance_goes_along_and_is_printed(tmp_path, capsys):
     assert saved["target"]["path"] == "a/target"
     assert saved["command"].endswith("mine.jsonl")
     (one,) = saved["measured"]  # of the other drafter nothing
+    assert one["fingerprint"] == loaded.fingerprint
     assert (one["mode"], one["block_size"]) == ("replay", 8)
     chat, code = one["sets"]["chat"], one["sets"]["code"]
     assert chat["accepted_length"]["value"] == pytest.approx(2.3)
@@ -265,6 +375,7 @@ def test_measured_acceptance_goes_along_and_is_printed(tmp_path, capsys):
     assert "of rounds that reach it: 80 50 25 %" in said
     assert "of all rounds: 80 40 10 %" in said
     assert "of all rounds: 100 100 %" in said  # no round of code reached the third
+    assert said.count("of all rounds:") == 2  # a product of averages is no average
     export(loaded, tmp_path / "out", "float32")  # replaced as a whole: no stale figures
     assert not (tmp_path / "out" / "acceptance.json").exists()
     (tmp_path / "out" / "acceptance.json").write_text("{}")

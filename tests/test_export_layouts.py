@@ -477,6 +477,9 @@ def test_an_upload_that_fails_is_one_sentence_and_keeps_the_folder(
     words = [str(tmp_path / "first"), "--output", str(tmp_path / "out"), "--push-to-hub", "me/it"]
     main(words)
     assert capsys.readouterr().out.endswith("https://hub/me/it\n")
+    main([*words, "--format", "speculators"])
+    assert "path of this machine" in capsys.readouterr().out
+    del calls[2:]
     files = ["README.md", "config.json", "model.safetensors", "provenance.json"]
     assert calls == [("me/it", True), ("me/it", str(tmp_path / "out"), files)]
 
