@@ -36,7 +36,6 @@ from drafter.model import Drafter
 VERSION = "0.9.0"
 """Of the library whose form this is."""
 _NOT_OF_LAYERS = (
-    "_name_or_path",
     "architectures",
     "block_size",
     "dflash_config",

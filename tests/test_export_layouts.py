@@ -235,7 +235,9 @@ def test_folders_of_others_are_one_drafter_in_both_layouts(
     )
 
 
-def test_a_target_that_is_not_here_is_compared_once_it_is_loaded(target, tmp_path, capsys):
+def test_a_target_that_is_not_here_is_compared_once_it_is_loaded(
+    target, tmp_path, capsys, monkeypatch
+):
     head = {"lm_head.weight": target.head.weight}
     same = write(tmp_path / "same", speculators_config("someone/model"), weights() | head)
     found = load_drafter(str(same))
@@ -247,6 +249,11 @@ def test_a_target_that_is_not_here_is_compared_once_it_is_loaded(target, tmp_pat
     other = write(tmp_path / "other", speculators_config("someone/model"), weights() | head)
     with pytest.raises(UserError, match=r"its lm_head.weight is not the head of .*llama"):
         check_fits(load_drafter(str(other)), target)
+    for name, value in (("gguf_file", "q4.gguf"), ("path", "q4.gguf")):  # quantised: other values
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            check_fits(load_drafter(str(other)), target)
+        assert "its lm_head.weight is not quite the head of" in capsys.readouterr().out
     norm = {"verifier_norm.weight": target.final_norm.weight + 1}
     other = write(tmp_path / "norm", speculators_config("someone/model"), weights() | norm)
     with pytest.raises(UserError, match=r"its verifier_norm.weight is not the final norm of"):
