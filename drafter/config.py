@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, Qwen3Config
@@ -114,6 +115,15 @@ def check_block_size(block_size: int) -> None:
             f"block_size is {block_size}, but a block holds the anchor and at least one drafted "
             f"slot: choose 2 to {MAX_BLOCK_SIZE}."
         )
+
+
+def check_supported(config: DrafterConfig, where: Path) -> None:
+    """Raises UserError for a published config that asks for what `Drafter` does not compute."""
+    if config.hidden_act != "silu":
+        raise UserError(f"{where} has hidden_act {config.hidden_act!r}; only silu can be computed.")
+    strange = sorted(set(config.layer_types or []) - {"full_attention"})
+    if strange:
+        raise UserError(f"{where} has layers of {', '.join(strange)}, not supported here yet.")
 
 
 def _norm_eps(target_config: PreTrainedConfig) -> float:

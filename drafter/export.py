@@ -1,7 +1,9 @@
 """Writes a trained drafter as others load it: `python -m drafter.export runs/smollm2 --output DIR`.
 
 The folder has the z-lab layout (method.md, last section): `config.json` and one `model.safetensors`
-without embedding and head. A card and the drafter's provenance lie beside them.
+without embedding and head; or, with `--format speculators`, that library's. A card and the
+drafter's provenance lie beside them. `python -m drafter.export check DIR` holds a folder to what
+vLLM and SGLang ask of it (a run called `check` is given as `./check`).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +19,9 @@ from typing import Any
 
 import torch
 
+from drafter.borrowed import WEIGHTS
 from drafter.errors import UserError, one_sentence_errors
+from drafter.evaluation.acceptance import ACCEPTANCE, expected_acceptance
 from drafter.evaluation.loading import (
     PROVENANCE,
     LoadedDrafter,
@@ -26,10 +31,20 @@ from drafter.evaluation.loading import (
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.recipes import flat, read_yaml
 from drafter.evaluation.results import read_result
+from drafter.export_check import main as check
+from drafter.export_check import print_warnings, read_config
 from drafter.files import file_stamp, pieces, write_atomic
+from drafter.publish import publish
+from drafter.speculators_layout import verifier_of, write_speculators
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
+CONFIG, CARD = "config.yaml", "README.md"
 DTYPES = ("bfloat16", "float16", "float32")
+LAYOUTS = {
+    "zlab": "in the z-lab layout: no embedding, no head",
+    "speculators": "in the speculators library's layout: no embedding, no head",
+}
+WRITTEN = frozenset(("config.json", WEIGHTS, PROVENANCE, CONFIG, CARD, ACCEPTANCE))
+"""Names of what an export may write."""
 SHOWN = (
     "trainer.max_epochs",
     "trainer.precision",
@@ -62,6 +77,8 @@ def export(
     title: str | None = None,
     note: str = "",
     result: Mapping[str, Any] | None = None,
+    layout: str = "zlab",
+    verifier: str | None = None,
 ) -> None:
     """Writes a drafter's folder; what is there is replaced only once the new one is whole.
 
@@ -71,14 +88,30 @@ def export(
         dtype: Of the weights in the file, and in config.json.
         title: Of the card; the folder's name by default.
         note: Further paragraphs of the card: data, licence.
-        result: Of `evaluate.py report`, for the card.
+        result: Of `evaluate.py report`, for the card and for acceptance.json.
+        layout: One of LAYOUTS.
+        verifier: What the speculators layout calls the target; what the drafter was trained for
+            by default.
 
     Raises:
-        UserError: The dtype is unknown, the folder holds something else, the weights are not finite
-            in that dtype, or the result is another drafter's.
+        UserError: The dtype or the layout is unknown, the folder holds something else, the weights
+            are not finite in that dtype, the result is another drafter's, or the speculators
+            library could not read the target.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    if layout not in LAYOUTS:
+        raise UserError(f"format {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
+    speculators = layout == "speculators"
+    target = loaded.target_path, loaded.target_gguf_file
+    named = verifier_of(*target, verifier) if speculators else {}
+    if not speculators and verifier is not None:
+        raise UserError("--verifier is told by the speculators layout only; leave it out.")
+    if not speculators and not loaded.drafter.config.num_target_layers:
+        raise UserError(
+            f"{loaded.name} does not tell how many layers its target has, and the z-lab layout "
+            "does; write num_target_layers into its config.json."
+        )
     output = output.resolve()
     _check_replaceable(output)
     drafter = loaded.drafter.to(getattr(torch, dtype))
@@ -93,18 +126,39 @@ def export(
     aside.mkdir(parents=True)
     try:
         drafter.config.dtype = getattr(torch, dtype)
-        drafter.save_pretrained(aside, max_shard_size="1TB")
+        if speculators:
+            write_speculators(drafter, aside, named)
+        else:
+            drafter.save_pretrained(aside, max_shard_size="1TB")
         (aside / WEIGHTS).chmod(0o644)  # safetensors makes it private
         write_atomic(aside / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
         if loaded.run_config is not None:
             shutil.copyfile(loaded.run_config, aside / CONFIG)
-        card = model_card(title or output.name, drafter.config.to_dict(), provenance, note, result)
+        said = drafter.config.to_dict()
+        card = model_card(title or output.name, said, provenance, note, result, layout)
         write_atomic(aside / CARD, card)
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
+        if result is not None:
+            saved = expected_acceptance(result)
+            write_atomic(aside / ACCEPTANCE, json.dumps(saved, indent=2) + "\n")
+        _put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(new: Path, output: Path) -> None:
+    """Renames a folder to `output`; what was there is removed only after that."""
+    if not output.exists():
+        new.rename(output)
+        return
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    output.rename(old)
+    try:
+        new.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(output: Path) -> None:
@@ -114,7 +168,7 @@ def _check_replaceable(output: Path) -> None:
     if not output.is_dir():
         raise UserError(f"{output} is a file; give a folder.")
     names = {file.name for file in output.iterdir()}
-    others = sorted(names - {"config.json", WEIGHTS, PROVENANCE, CONFIG, CARD})
+    others = sorted(names - WRITTEN)
     if others or (names and PROVENANCE not in names):
         held = f" beside others {others[0]}" if others else ""
         raise UserError(f"{output} holds{held} what no export has written; choose another folder.")
@@ -160,6 +214,7 @@ def model_card(
     provenance: Mapping[str, Any],
     note: str = "",
     result: Mapping[str, Any] | None = None,
+    layout: str = "zlab",
 ) -> str:
     """Returns a drafter's card in Markdown."""
     target = provenance["target"]
@@ -177,7 +232,7 @@ def model_card(
         f"- {config['num_hidden_layers']} layers, width {config['hidden_size']}, K = "
         f"{config['block_size']}; reads target layers "
         f"{', '.join(map(str, dflash['target_layer_ids']))}; mask token {dflash['mask_token_id']}",
-        f"- weights in {config['dtype']}, in the z-lab layout: no embedding, no head",
+        f"- weights in {config['dtype']}, {LAYOUTS[layout]}",
         "",
     ]
     if settings:
@@ -196,15 +251,25 @@ def model_card(
 
 
 def main(args: list[str] | None = None) -> None:
-    """Exports; prints a user's mistake as one sentence and exits with code 2."""
+    """Exports or checks; prints a user's mistake as one sentence and exits with code 2."""
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["check"]:
+        return check(words[1:])
     parser = argparse.ArgumentParser(prog="python -m drafter.export", description=__doc__)
     parser.add_argument("drafter", help="a run, a checkpoint or a drafter's folder")
     parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--format", default="zlab", help=f"one of {', '.join(LAYOUTS)}")
     parser.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--verifier", help="target's folder or hub name that the speculators layout tells"
+    )
     parser.add_argument("--title", help="of the card")
     parser.add_argument("--note", help="Markdown file whose text the card contains")
-    parser.add_argument("--results", help="JSON file of `evaluate.py report`, for the card")
-    options = parser.parse_args(args)
+    parser.add_argument(
+        "--results", help="JSON file of `evaluate.py report`, for the card and acceptance.json"
+    )
+    parser.add_argument("--push-to-hub", metavar="NAME", help="upload it to this hub repository")
+    options = parser.parse_args(words)
     with one_sentence_errors():
         if options.note and not Path(options.note).is_file():
             raise UserError(f"--note {options.note}: there is no such file.")
@@ -215,8 +280,14 @@ def main(args: list[str] | None = None) -> None:
             options.title,
             Path(options.note).read_text() if options.note else "",
             read_result(Path(options.results)) if options.results else None,
+            options.format,
+            options.verifier,
         )
         print(f"{options.output}: {options.dtype}", flush=True)
+        if options.push_to_hub:
+            folder = Path(options.output)
+            print_warnings(folder, read_config(folder))
+            print(publish(folder, options.push_to_hub, WRITTEN), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
-from drafter.config import DrafterConfig, check_block_size
+from drafter.borrowed import check_borrowed
+from drafter.config import DrafterConfig, check_block_size, check_supported
 from drafter.draft_length import DraftLength
 from drafter.errors import UserError
 from drafter.files import pieces
+from drafter.layer_ids import check_layer_ids
 from drafter.model import Drafter
 from drafter.search import Search
+from drafter.speculators_layout import is_speculators, read_speculators, verifier_name
 from drafter.target import Target
 
 PROVENANCE = "provenance.json"
@@ -42,6 +45,7 @@ class LoadedDrafter:
         provenance: What lies beside an exported drafter.
         search: How its drafts are searched; None for the one draft.
         length: Which of its slots are verified; None for all.
+        borrowed: Tensors beside its own in the folder, which must be the target's, and their files.
     """
 
     name: str
@@ -57,6 +61,7 @@ class LoadedDrafter:
     provenance: dict[str, Any] = field(default_factory=dict)
     search: Search | None = None
     length: DraftLength | None = None
+    borrowed: dict[str, Path] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
@@ -71,9 +76,16 @@ class LoadedDrafter:
         return "/".join([*plain, *(way for way in ways if way)])
 
 
-def drafter_fingerprint(drafter: Drafter) -> str:
-    """Returns 20 hex digits of a hash over a drafter's config and weights."""
-    config = {k: v for k, v in drafter.config.to_dict().items() if k not in _INCIDENTAL}
+def drafter_fingerprint(drafter: Drafter, layers_told: bool = True) -> str:
+    """Returns 20 hex digits of a hash over a drafter's config and weights.
+
+    Args:
+        drafter: As it was read.
+        layers_told: Whether its folder tells the target's number of layers; what is found out
+            otherwise depends on what else is there, and does not count.
+    """
+    left_out = _INCIDENTAL if layers_told else (*_INCIDENTAL, "num_target_layers")
+    config = {k: v for k, v in drafter.config.to_dict().items() if k not in left_out}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(drafter.state_dict().items()):
         digest.update(name.encode())
@@ -86,7 +98,7 @@ def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
 
     Args:
         path: A Lightning .ckpt; a run folder (its best checkpoint, or else its last); or a folder
-            with config.json and model.safetensors.
+            with config.json and model.safetensors, in the z-lab or the speculators layout.
         block_size: K to decode with; None for the one it was trained with.
 
     Raises:
@@ -99,8 +111,7 @@ def load_drafter(path: str, block_size: int | None = None) -> LoadedDrafter:
     if block_size is not None:
         check_block_size(block_size)
     if where.is_dir() and (where / "config.json").is_file():
-        drafter = _read_folder(where)
-        loaded = LoadedDrafter(_full(path), drafter, drafter_fingerprint(drafter), str(where))
+        loaded = _read_folder(where, path)
         _read_provenance(loaded, where / PROVENANCE)
         loaded.run_config = _newest_config(where)
     elif where.is_file():
@@ -118,34 +129,54 @@ def _full(path: str) -> str:
     return path.rstrip("/") if Path(path).name else str(Path(path).resolve())
 
 
-def _read_folder(folder: Path) -> Drafter:
+def _read_folder(folder: Path, path: str) -> LoadedDrafter:
+    borrowed: dict[str, Path] = {}
+    target_path = None
+    layers_told = True
     try:
-        drafter: Drafter
-        drafter, info = Drafter.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True
-        )
-        config = drafter.config
-        _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
+        said = json.loads((folder / "config.json").read_text())
+        if is_speculators(said):
+            drafter, borrowed = read_speculators(folder, said)
+            target_path = verifier_name(said)
+            layers_told = bool(said.get("num_target_layers"))
+        else:
+            drafter = _read_zlab(folder)
     except UserError:
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} is not a drafter's folder: {reason}") from error
+    return LoadedDrafter(
+        _full(path),
+        drafter.eval(),
+        drafter_fingerprint(drafter, layers_told),
+        str(folder),
+        target_path,
+        borrowed=borrowed,
+    )
+
+
+def _read_zlab(folder: Path) -> Drafter:
+    drafter: Drafter
+    drafter, info = Drafter.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    config = drafter.config
+    _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
+    check_supported(config, folder)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise UserError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}.")
-    drafter.eval()
     return drafter
 
 
 def _read_provenance(loaded: LoadedDrafter, file: Path) -> None:
-    """Takes what an exported drafter's folder says of its target; published ones say nothing."""
+    """Takes what an exported drafter's folder says of its target; published ones say little."""
     if not file.is_file():
         return
     try:
         loaded.provenance = json.loads(file.read_text())
         target = loaded.provenance["target"]
-        loaded.target_path, loaded.target_gguf_file = target["path"], target["gguf_file"]
+        loaded.target_path = target["path"] or loaded.target_path
+        loaded.target_gguf_file = target["gguf_file"]
         loaded.target_fingerprint, loaded.target_dtype = target["fingerprint"], target["dtype"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} can't be read ({error}); remove it to go without.") from error
@@ -186,6 +217,8 @@ def _newest_config(folder: Path) -> Path | None:
 def check_fits(loaded: LoadedDrafter, target: Target) -> None:
     """Raises UserError for a target of another shape; warns of another target of the same."""
     config = loaded.drafter.config
+    if config.num_target_layers == 0:  # the speculators library's folders do not say
+        config.num_target_layers = target.num_layers
     wanted = {
         "hidden size": (config.hidden_size, target.hidden_size),
         "layers": (config.num_target_layers, target.num_layers),
@@ -199,10 +232,20 @@ def check_fits(loaded: LoadedDrafter, target: Target) -> None:
             f"{loaded.name} was made for a target of {', '.join(wrong)} as {target.path} has; give "
             "the target that it was trained with."
         )
+    check_layer_ids(config.target_layer_ids, target.num_layers)
     if config.mask_token_id >= target.vocab_size:
         raise UserError(
             f"{loaded.name}: its mask token id {config.mask_token_id} is beyond the target's "
             f"{target.vocab_size} embedding rows."
         )
+    if loaded.borrowed:
+        theirs = {
+            "embedding": target.embedding_weight,
+            "head": target.head.weight,
+            "final norm": getattr(target.final_norm, "weight", None),  # OLMo's has none
+        }
+        known = {what: weight for what, weight in theirs.items() if weight is not None}
+        gguf = target.gguf_file is not None or target.path.endswith(".gguf")
+        check_borrowed(loaded.name, loaded.borrowed, known, target.path, exact=not gguf)
     if loaded.target_fingerprint not in (None, target.fingerprint):
         print(f"warning: {loaded.name} was trained with other weights than {target.path} holds")
