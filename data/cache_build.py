@@ -70,7 +70,7 @@ class CacheSettings:
 
     Attributes:
         target: Hub id, folder or .gguf file.
-        train_data: Files or a hub id.
+        train_data: Files, a hub id or presets.
         gguf_file: Inside the target's folder.
         target_dtype: The target runs in it.
         target_revision: Hub revision.

@@ -47,8 +47,9 @@ def load_rows(
     """Returns the rows of `source` that a drafter can be trained on, as tokens.
 
     Args:
-        source: json, jsonl or parquet files, plain or .gz; a folder of them; a list of either; or a
-            hub id ("org/name" or "org/name:config"), read through `datasets`.
+        source: json, jsonl or parquet files, plain or .gz; a folder of them; a preset
+            ("preset:NAME", see `data/presets.py`); a list of these; or a hub id ("org/name" or
+            "org/name:config"), read through `datasets`.
         tokenizer: the target's.
         vocab_size: rows of the target's embedding.
         max_length: rows longer than this are cut, and counted; None cuts none.
@@ -140,11 +141,17 @@ def check_tokenizer_fits(tokenizer: Any, vocab_size: int) -> None:
 
 def _source_key(reader: Source) -> dict[str, Any]:
     """What tells a source's content: size and time of files, revision of a hub data set."""
-    files = reader.files()
-    if files is None:
-        return {"source": reader.name, "split": reader.split, "revision": reader.revision}
-    stats = [(str(path.resolve()), path.stat()) for path in files]
-    return {"source": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
+    stats = [(str(path.resolve()), path.stat()) for path in reader.local_files()]
+    files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    key: dict[str, Any] = {"source": files}
+    if reader.files() is None:
+        key = {"source": reader.name, "split": reader.split, "revision": reader.revision}
+        if files:
+            key["files"] = files
+    presets = reader.presets()
+    if presets:  # how one reads its rows may change with a release
+        key["presets"] = [preset.key() for preset in presets]
+    return key
 
 
 def _with_bar(

@@ -61,8 +61,10 @@ class OnlineHiddenStates(LightningDataModule):
         target_revision: Hub revision.
         trust_remote_code: Run code from the target's repository.
         train_data: Files (json, jsonl, parquet; plain or .gz) or a hub id: conversations,
-            prompt/response pairs or prompt_ids/response_ids.
-        train_split: Split of a hub data set.
+            prompt/response pairs or prompt_ids/response_ids. Or public data sets by name:
+            `preset:NAME[/SPLIT][=PATH]`, PATH a local copy, NAME one of sharegpt, ultrachat,
+            nemotron-v1, nemotron-v2, codealpaca, perfectblend (`data/presets.py`).
+        train_split: Split of a hub data set; a preset names its own.
         streaming: Tokenise a hub data set into an on-disk token file as it arrives.
         val_data: Like train_data; None holds out the first `val_rows` rows of train_data, and
             leaves out every other row with a prompt of theirs.
@@ -331,7 +333,9 @@ class OnlineHiddenStates(LightningDataModule):
 
     def _load_rows(self, training: bool) -> None:
         if not self.train_data:
-            raise UserError("No training data: set --data.train_data to files or a hub id.")
+            raise UserError(
+                "No training data: set --data.train_data to files, a hub id or a preset."
+            )
         held_out = self.val_rows if self.val_data is None else 0
         if self.val_data is not None:
             self._val_rows = self._rows(self.val_data, skip=0, limit=self.val_rows or None)

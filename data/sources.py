@@ -1,4 +1,4 @@
-"""Rows of local files or of a hub data set, each with the place it came from.
+"""Rows of local files, of a hub data set or of presets, each with the place it came from.
 
 json and jsonl are read here rather than through `datasets`: a bad line is named by file and number,
 and already tokenised files need no further package.
@@ -12,9 +12,11 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data.presets import PresetSource, parse_preset
 from drafter.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -38,11 +40,12 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: local files, or a data set of the hub.
+    """Where rows come from: local files, a data set of the hub, or presets.
 
     Args:
-        source: a file or folder, a list of them, or a hub id ("org/name", or "org/name:config").
-        split: split of a hub data set; local files have none.
+        source: a file, folder or preset ("preset:NAME", see `data/presets.py`), a list of them, or
+            a hub id ("org/name", or "org/name:config").
+        split: split of a hub data set; local files have none, and a preset names its own.
         streaming: read a hub data set as it arrives rather than downloading it first.
         revision: hub revision.
         cache_dir: where `datasets` keeps downloads; None for its default.
@@ -60,31 +63,36 @@ class Source:
         return self.source if isinstance(self.source, str) else ", ".join(map(str, self.source))
 
     def files(self) -> list[Path] | None:
-        """Returns the local files, folders expanded in sorted order; None for a hub id.
+        """Returns the local files, folders expanded in sorted order; None if any is on the hub.
 
         Raises:
             UserError: a file is missing, is of an unknown kind, or there is none.
         """
-        given = [self.source] if isinstance(self.source, (str, Path)) else list(self.source)
-        if not given:
-            raise UserError("no data: the list of files is empty")
-        if len(given) == 1 and _is_hub_id(str(given[0])):
+        if any(inside is None for _, inside in self._entries()):
             return None
-        files: list[Path] = []
-        for entry in given:
-            path = Path(entry).expanduser()
-            if path.is_dir():
-                inside = sorted(p for p in path.iterdir() if p.is_file() and file_suffix(p))
-                if not inside:
-                    raise UserError(f"{path}: no {', '.join(SUFFIXES)} file (or .gz) in it")
-                files += inside
-            elif not path.exists():
-                raise UserError(f"{path}: no such file or folder")
-            elif not file_suffix(path):
-                raise UserError(f"{path}: not one of {', '.join(SUFFIXES)}, plain or .gz")
-            else:
-                files.append(path)
-        return files
+        return self.local_files()
+
+    def local_files(self) -> list[Path]:
+        """Returns the local files, whether or not other entries are on the hub.
+
+        Raises:
+            UserError: as `files`.
+        """
+        return [path for _, inside in self._entries() for path in inside or ()]
+
+    def presets(self) -> list[PresetSource]:
+        """Returns the presets among the entries, in order.
+
+        Raises:
+            UserError: there is no preset of a name, or a split is given beside one.
+        """
+        found = [chosen for chosen in map(parse_preset, self._given()) if chosen]
+        if found and self.split != "train":
+            raise UserError(
+                f"{self.name}: a preset names its own split; write it as "
+                f"preset:{found[0].name}/{self.split}, and leave train_split out"
+            )
+        return found
 
     def rows(self, start: int = 0) -> Iterator[SourceRow]:
         """Yields the rows from index `start` on.
@@ -92,43 +100,97 @@ class Source:
         Raises:
             UserError: a file that cannot be read or a malformed line, with its number.
         """
-        files = self.files()
-        if files is None:
-            yield from self._hub_rows(start)
-            return
-        every = (row for path in files for row in read_file(path))
-        for index, (where, data) in enumerate(every):
+        entries = self._entries()
+        # of a single data set on the hub, `datasets` itself passes over what is before `start`
+        passed = start if len(entries) == 1 and entries[0][1] is None else 0
+        every = chain.from_iterable(self._entry_rows(*entry, passed) for entry in entries)
+        for index, (where, data) in enumerate(every, passed):
             if index >= start:
                 yield SourceRow(index, where, data)
 
-    def _hub_rows(self, start: int) -> Iterator[SourceRow]:
+    def _given(self) -> list[str]:
+        given = [self.source] if isinstance(self.source, (str, Path)) else list(self.source)
+        if not given:
+            raise UserError("no data: the list of files is empty")
+        return [str(entry) for entry in given]
+
+    def _entries(self) -> list[tuple[str | PresetSource, list[Path] | None]]:
+        """Returns each entry's name or preset with its files, None for one on the hub."""
+        given, presets = self._given(), iter(self.presets())
+        if len(given) == 1 and _is_hub_id(given[0]):
+            return [(given[0], None)]
+        entries: list[tuple[str | PresetSource, list[Path] | None]] = []
+        for entry in given:
+            chosen = next(presets) if parse_preset(entry) else None
+            if chosen is None:
+                entries.append((entry, _local_files(Path(entry).expanduser())))
+            else:
+                entries.append((chosen, chosen.files(file_suffix)))
+        return entries
+
+    def _entry_rows(
+        self, entry: str | PresetSource, files: list[Path] | None, start: int = 0
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (where, row) of one entry; `start` counts on the hub only."""
+        if files is None:
+            rows = self._hub_rows(entry, start)
+        else:
+            rows = (row for path in files for row in read_file(path))
+        if isinstance(entry, str):
+            yield from rows
+            return
+        for where, data in rows:
+            yield where, entry.row(data, where)
+
+    def _hub_rows(
+        self, entry: str | PresetSource, start: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         import datasets
 
-        assert isinstance(self.source, str) or len(self.source) == 1
-        name = self.source if isinstance(self.source, str) else self.source[0]
-        path, _, config = name.partition(":")
+        if isinstance(entry, str):
+            name, split = entry, self.split
+            path, _, config = name.partition(":")
+            options: dict[str, Any] = {"streaming": self.streaming}
+        else:
+            path, config, split, options = entry.hub_arguments(self.streaming)
+            name = f"preset:{entry.name} ({path})"
         try:
             rows = datasets.load_dataset(
                 path,
                 config or None,
-                split=self.split,
-                streaming=self.streaming,
+                split=split,
                 revision=self.revision,
                 cache_dir=self.cache_dir,
+                **options,
             )
         except Exception as error:  # datasets raises a dozen kinds for what a user can mend
+            what = "no such file, and `datasets` cannot load it as a hub id"
+            if not isinstance(entry, str):
+                what = f"`datasets` cannot load it; =PATH after preset:{entry.name} reads a copy"
             raise UserError(
-                f"{name}: no such file, and `datasets` cannot load it as a hub id (split "
-                f"{self.split!r}): {type(error).__name__}: {error}"
+                f"{name}: {what} (split {split!r}): {type(error).__name__}: {error}"
             ) from error
         for index, data in enumerate(rows.skip(start) if start else rows, start):
-            yield SourceRow(index, f"{name}[{self.split}], row {index}", dict(data))
+            yield f"{name}[{split}], row {index}", dict(data)
+
+
+def _local_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.is_file() and file_suffix(p))
+        if not inside:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file (or .gz) in it")
+        return inside
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not file_suffix(path):
+        raise UserError(f"{path}: not one of {', '.join(SUFFIXES)}, plain or .gz")
+    return [path]
 
 
 def _is_hub_id(name: str) -> bool:
     """A name that is no path here and does not look like one that is missing."""
     path = Path(name).expanduser()
-    if path.exists() or file_suffix(path) or name.startswith((".", "/", "~")):
+    if parse_preset(name) or path.exists() or file_suffix(path) or name.startswith((".", "/", "~")):
         return False
     return name.count("/") <= 1 and not name.endswith("/")
 

@@ -1,0 +1,261 @@
+"""Public data sets by name: each one's own columns give the conversation that they mean."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data.conversations import load_rows
+from data.formats import parse
+from data.overlap import training_texts
+from data.presets import PRESETS, parse_preset
+from data.sources import Source
+from drafter.errors import UserError
+from tests.data_files import VOCAB, load, write_rows
+from tests.data_templates import CALL_ONLY, assistant, byte_bpe, chatml, user
+
+SYSTEM = {"role": "system", "content": "Be short."}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "add", "arguments": '{"a": 1}'},
+}
+
+
+def said(speaker, text):
+    return {"from": speaker, "value": text}
+
+
+def nemotron(*messages, **columns):
+    head = {"uuid": "u", "license": "cc-by-4.0", "generator": "g", "version": "v1"}
+    return {**head, "category": "chat", "reasoning": "off", "messages": list(messages), **columns}
+
+
+# preset, a row with the data set's own columns, the messages it means (None: it says nothing)
+ROWS = {
+    "sharegpt": (
+        "sharegpt",
+        {"id": "a_0", "conversations": [said("human", "hello"), said("gpt", "you")]},
+        [user("hello"), assistant("you")],
+    ),
+    "sharegpt, other speakers": (
+        "sharegpt",
+        {"id": "a", "conversations": [said("system", "Be short."), said("user", "a"),
+                                      said("chatgpt", "b"), said("human", "c"), said("bing", "d")]},
+        [SYSTEM, user("a"), assistant("b"), user("c"), assistant("d")],
+    ),
+    "sharegpt, cut before an answer": (
+        "sharegpt",
+        {"id": "a_2", "conversations": [said("gpt", "of before"), said("human", "hello"),
+                                        said("gpt", "you")]},
+        [user("hello"), assistant("you")],
+    ),
+    "sharegpt, an answer alone": (
+        "sharegpt", {"id": "a", "conversations": [said("gpt", "of before")]}, None,
+    ),
+    "sharegpt, empty": ("sharegpt", {"id": "a", "conversations": []}, None),
+    "ultrachat": (
+        "ultrachat",
+        {"prompt": "hello", "prompt_id": "f0e3", "messages": [
+            user("hello"), assistant("you"), user("today"), assistant("the answer")]},
+        [user("hello"), assistant("you"), user("today"), assistant("the answer")],
+    ),
+    "ultrachat, a system turn": (
+        "ultrachat",
+        {"prompt": "hello", "prompt_id": "f", "messages": [
+            SYSTEM, user("hello"), assistant("you")]},
+        [SYSTEM, user("hello"), assistant("you")],
+    ),
+    "nemotron-v1, tool calls that are none": (
+        "nemotron-v1",
+        nemotron({**user("hello"), "tool_calls": []}, assistant("you", tool_calls=[]),
+                 metadata='{"conversation_id": 1}'),
+        [user("hello"), assistant("you")],
+    ),
+    "nemotron-v1, tools": (
+        "nemotron-v1",
+        nemotron(user("add"), assistant("", tool_calls=[CALL]),
+                 metadata=json.dumps({"tools": [TOOL]})),
+        [user("add"), assistant("", tool_calls=[CALL])],
+    ),
+    "nemotron-v2, an empty system turn": (
+        "nemotron-v2",
+        nemotron({"role": "system", "content": ""}, user("hello"), assistant("you")),
+        [user("hello"), assistant("you")],
+    ),
+    "nemotron-v2, a system turn and a thought": (
+        "nemotron-v2",
+        nemotron(SYSTEM, user("hello"), assistant("<think>\nhm\n</think>\n\nyou"), reasoning="on"),
+        [SYSTEM, user("hello"), assistant("<think>\nhm\n</think>\n\nyou")],
+    ),
+    "codealpaca": (
+        "codealpaca",
+        {"instruction": "add", "input": "1 and 2", "output": "it is 3"},
+        [user("add\n\n1 and 2"), assistant("it is 3")],
+    ),
+    "codealpaca, no input": (
+        "codealpaca",
+        {"instruction": "count", "input": "", "output": "1, 2"},
+        [user("count"), assistant("1, 2")],
+    ),
+    "perfectblend": (
+        "perfectblend",
+        {"conversations": [said("human", "hello"), said("gpt", "you")], "source": "meta-math"},
+        [user("hello"), assistant("you")],
+    ),
+    "perfectblend, a system turn": (
+        "perfectblend",
+        {"conversations": [said("system", "Be short."), said("human", "a"), said("gpt", "b")],
+         "source": "ultra"},
+        [SYSTEM, user("a"), assistant("b")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_the_columns_of_a_preset_give_the_conversation_they_mean(tmp_path, case):
+    name, columns, expected = ROWS[case]
+    write_rows(tmp_path / "rows.jsonl.gz", [columns])
+    row = next(Source(f"preset:{name}={tmp_path}").rows())
+    assert "rows.jsonl.gz, line 1" in row.where
+    conversation = parse(row)
+    if expected is None:
+        assert conversation.says_nothing
+    else:
+        assert conversation.messages == expected
+        assert conversation.tools == ([TOOL] if case == "nemotron-v1, tools" else None)
+
+
+def test_every_preset_has_a_row_here():
+    assert {name for name, _, _ in ROWS.values()} == set(PRESETS)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "json.gz"])
+def test_a_preset_s_copy_gives_the_tokens_of_its_messages(tmp_path, kind):
+    write_rows(tmp_path / f"part.{kind}", [ROWS["sharegpt"][1], ROWS["sharegpt, empty"][1]])
+    tokenizer = chatml()
+    found = load(f"preset:sharegpt={tmp_path}", tokenizer)
+    served = tokenizer.apply_chat_template(ROWS["sharegpt"][2])["input_ids"]
+    assert [row.input_ids.tolist() for row in found] == [served]
+    assert (found.report.read, found.report.kept) == (2, 1)
+
+
+def test_empty_tool_calls_do_not_make_a_template_refuse_the_row(tmp_path):
+    # as Llama 3.2's: any tool_calls but exactly one is refused
+    strict = CALL_ONLY.replace(
+        "{% if message.tool_calls %}",
+        "{% if 'tool_calls' in message and message.tool_calls | length != 1 %}"
+        "{{ raise_exception('single tool-calls only') }}{% endif %}{% if message.tool_calls %}",
+    )
+    assert strict != CALL_ONLY
+    row = ROWS["nemotron-v1, tool calls that are none"][1]
+    source = write_rows(tmp_path / "chat-0.jsonl", [row])
+    tokenizer = byte_bpe(strict, eos="<|eot_id|>")
+    assert len(load(f"preset:nemotron-v1={source}", tokenizer)) == 1
+    with pytest.raises(UserError, match="single tool-calls"):
+        load(source, tokenizer)
+
+
+def test_a_folder_laid_out_as_on_the_hub_gives_the_files_of_the_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train_sft", "test_sft"):
+        row = {"prompt": "a", "prompt_id": "f", "messages": [user(split), assistant("you")]}
+        write_rows(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [row])
+
+    def asked(source):
+        return [parse(row).messages[0]["content"] for row in Source(source).rows()]
+
+    assert asked(f"preset:ultrachat={tmp_path}") == ["train_sft"]
+    assert asked(f"preset:ultrachat/test_sft={tmp_path}") == ["test_sft"]
+    with pytest.raises(UserError, match=r"no file name begins with 'train_gen'; leave"):
+        asked(f"preset:ultrachat/train_gen={tmp_path}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", ["sharegpt", "nemotron-v2, an empty system turn"])
+def test_a_preset_is_asked_of_the_hub_with_its_split(tmp_path, monkeypatch, case, streaming):
+    import datasets
+
+    name, columns, _ = ROWS[case]
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        rows = datasets.Dataset.from_list([columns] * 5)
+        return rows.to_iterable_dataset() if kwargs["streaming"] else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = load(f"preset:{name}", streaming=streaming, skip=1, limit=3, cache_dir=tmp_path)
+    assert [row.sample_id for row in found] == [1, 2, 3]
+    (args, kwargs) = asked[0]
+    preset = PRESETS[name]
+    assert args == (preset.hub_id, None)
+    assert kwargs["split"] == preset.split
+    # of Nemotron's 100 GB `datasets` would else download every split
+    assert kwargs["streaming"] is (streaming or name == "nemotron-v2")
+    assert ("data_files" in kwargs) is (name == "sharegpt")
+    next(Source(f"preset:{name}/code").rows())
+    assert asked[-1][1]["split"] == "code"
+
+
+def test_presets_and_files_follow_one_another_in_a_list(tmp_path, monkeypatch):
+    import datasets
+
+    own = write_rows(tmp_path / "own.jsonl", [{"prompt": "own", "response": "you"}])
+    alpaca = write_rows(tmp_path / "code.json", [ROWS["codealpaca"][1]])
+    chats = datasets.Dataset.from_list([ROWS["ultrachat"][1]] * 2)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: chats)
+    source = ["preset:ultrachat", f"preset:codealpaca={alpaca}", own]
+    found = load(source)
+    assert [row.sample_id for row in found] == [0, 1, 2, 3]
+    assert "1 and 2" in chatml().decode(found[2].input_ids)
+    assert [row.sample_id for row in load(source, skip=2)] == [2, 3]
+    assert [row.sample_id for row in load(source, skip=1, limit=2)] == [1, 2]
+
+
+def test_stored_tokens_follow_the_local_copy(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    options = {"streaming": True, "cache_dir": tmp_path / "cache"}
+    write_rows(path, [ROWS["codealpaca"][1]])
+    assert len(load(f"preset:codealpaca={path}", **options)) == 1
+    write_rows(path, [ROWS["codealpaca"][1]] * 2)
+    assert len(load(f"preset:codealpaca={path}", **options)) == 2
+    # the same file read as plain rows is another source
+    assert len(load(str(path), **options)) == 2
+    assert len(list((tmp_path / "cache").glob("*/*"))) >= 3
+
+
+def test_training_texts_are_the_preset_s_messages(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [ROWS["sharegpt, cut before an answer"][1]])
+    assert list(training_texts(f"preset:sharegpt={tmp_path}", chatml())) == ["hello\nyou"]
+
+
+def test_an_unknown_name_is_one_sentence_with_the_presets():
+    with pytest.raises(UserError) as error:
+        load_rows("preset:ultrachta", chatml(), vocab_size=VOCAB, max_length=9)
+    names = "codealpaca, nemotron-v1, nemotron-v2, perfectblend, sharegpt, ultrachat"
+    assert str(error.value) == (
+        f"preset:ultrachta: no preset is called 'ultrachta'; choose one of {names}"
+    )
+
+
+def test_what_a_user_gets_wrong_about_a_preset_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no path after '='"):
+        parse_preset("preset:ultrachat=")
+    with pytest.raises(UserError, match=r"download HuggingFaceH4/ultrachat_200k into it"):
+        load(f"preset:ultrachat={tmp_path / 'none'}")
+    with pytest.raises(UserError, match=r"write it as preset:ultrachat/test_sft"):
+        load("preset:ultrachat", split="test_sft")
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": "hello"}])
+    with pytest.raises(UserError, match=r"line 1: no column messages.*are: text.*ultrachat_200k\?"):
+        load(f"preset:ultrachat={source}")
+    import datasets
+
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"=PATH after preset:ultrachat reads a copy.*no network"):
+        load("preset:ultrachat")
