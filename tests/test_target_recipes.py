@@ -7,6 +7,7 @@ only widths are tiny, so layer ids and mask token are those of the recipe.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from callbacks.memory import estimate_run
 from drafter.config import DrafterConfig
 from drafter.head import CHUNK_ELEMENTS
 from drafter.mask_token import choose_mask_token
 from drafter.memory import StepSizes, count_weights, estimate_step
+from drafter.module import CHECKPOINT_KEY
 from tests.data_files import write_rows
 from tests.data_templates import LLAMA3, QWEN3, assistant, user
 from tests.runs import ROOT, train
@@ -76,24 +77,42 @@ LLAMA32_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 QWEN3_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
-# recipe: family, tied, layers, D, MLP, heads, vocabulary, billions of parameters, rope, template,
-# special tokens, eos ids. Source: config.json and generation_config.json on the hub.
+
+
+@dataclass(frozen=True)
+class Real:
+    """A target as config.json and generation_config.json on the hub have it."""
+
+    family: str
+    tied: bool
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    vocabulary: int
+    billions: float  # of parameters
+    rope: dict
+    template: str
+    tokens: dict
+    eos: tuple
+
+
 TARGETS = {
-    "llama-3-8b-instruct": (
+    "llama-3-8b-instruct": Real(
         "llama", False, 32, 4096, 14336, 32, 128256, 8.03, LLAMA_ROPE, LLAMA3, LLAMA3_TOKENS,
-        [128001, 128009],
+        (128001, 128009),
     ),
-    "llama-3.2-3b-instruct": (
+    "llama-3.2-3b-instruct": Real(
         "llama", True, 28, 3072, 8192, 24, 128256, 3.21, LLAMA32_ROPE, LLAMA32, LLAMA32_TOKENS,
-        [128001, 128008, 128009],
+        (128001, 128008, 128009),
     ),
-    "qwen3-4b": (
+    "qwen3-4b": Real(
         "qwen3", True, 36, 2560, 9728, 32, 151936, 4.02, QWEN3_ROPE, QWEN3, QWEN3_TOKENS,
-        [151645, 151643],
+        (151645, 151643),
     ),
-    "qwen3-8b": (
+    "qwen3-8b": Real(
         "qwen3", False, 36, 4096, 12288, 32, 151936, 8.19, QWEN3_ROPE, QWEN3, QWEN3_TOKENS,
-        [151645, 151643],
+        (151645, 151643),
     ),
 }  # fmt: skip
 LAYERS = {28: [0, 9, 17, 26], 32: [0, 10, 20, 30], 36: [0, 11, 23, 34]}
@@ -106,7 +125,8 @@ def recipe(name):
 
 def small_tokenizer(name):
     """One token a byte, and the family's special tokens under their real ids."""
-    family, template, tokens = TARGETS[name][0], *TARGETS[name][9:11]
+    real = TARGETS[name]
+    tokens = real.tokens
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {character: i for i, character in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab={**words, **tokens}, merges=[]))
@@ -115,7 +135,7 @@ def small_tokenizer(name):
     thoughts = ("<think>", "</think>")  # added, but not special
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens if t[1] == "|"])
     backend.add_tokens([AddedToken(t, normalized=False) for t in tokens if t in thoughts])
-    if family == "llama":
+    if real.family == "llama":
         bos = "<|begin_of_text|>"
         backend.post_processor = processors.Sequence(
             [
@@ -129,27 +149,28 @@ def small_tokenizer(name):
     else:
         named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = real.template
     assert {t: tokenizer.convert_tokens_to_ids(t) for t in tokens} == tokens
     return tokenizer
 
 
 def tiny_twin(folder, name):
     """Saves a model of the target's architecture but for its widths; returns the tokenizer."""
-    family, tied, layers, *_, vocabulary, _, rope, _, _, eos = TARGETS[name]
+    real = TARGETS[name]
+    llama = real.family == "llama"
     config = tiny_config(
-        family,
-        tied,
-        num_hidden_layers=layers,
-        vocab_size=vocabulary,
-        rope_parameters=rope,
-        eos_token_id=eos[-1] if family == "llama" else eos[0],
-        bos_token_id=128000 if family == "llama" else 151643,
+        real.family,
+        real.tied,
+        num_hidden_layers=real.layers,
+        vocab_size=real.vocabulary,
+        rope_parameters=real.rope,
+        eos_token_id=128009 if llama else 151645,
+        bos_token_id=128000 if llama else 151643,
         pad_token_id=None,
-        max_position_embeddings=131072 if rope is LLAMA32_ROPE else 8192,
+        max_position_embeddings=131072 if real.rope is LLAMA32_ROPE else 8192,
     )
     model = tiny_model(config).bfloat16()
-    model.generation_config = GenerationConfig(eos_token_id=eos)
+    model.generation_config = GenerationConfig(eos_token_id=list(real.eos))
     model.save_pretrained(folder)
     tokenizer = small_tokenizer(name)
     tokenizer.save_pretrained(folder)
@@ -162,9 +183,10 @@ def test_a_recipe_trains_on_a_tiny_model_of_its_architecture(tmp_path, monkeypat
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     tokenizer = tiny_twin(tmp_path / "target", name)
     (tmp_path / "chats").mkdir()
+    said = "It is a whole number, of course."
     rows = [
-        {"prompt": "a", "prompt_id": "a", "messages": [user(f"What is {i}?"), assistant(answer)]}
-        for i, answer in enumerate(["It is a whole number, of course."] * 6)
+        {"prompt": "a", "prompt_id": "a", "messages": [user(f"What is {i}?"), assistant(said)]}
+        for i in range(6)
     ]
     write_rows(tmp_path / "chats" / "train_sft-00000.parquet", rows)
     path, settings, _ = recipe(name)
@@ -174,7 +196,9 @@ def test_a_recipe_trains_on_a_tiny_model_of_its_architecture(tmp_path, monkeypat
             "accelerator": "cpu",
             "accumulate_grad_batches": 1,
             "max_epochs": 1,
+            "log_every_n_steps": 1,
             "enable_progress_bar": False,
+            "enable_model_summary": False,
         },
         "data": {
             "target": str(tmp_path / "target"),
@@ -194,42 +218,38 @@ def test_a_recipe_trains_on_a_tiny_model_of_its_architecture(tmp_path, monkeypat
     (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     run = train(["fit", "--config", str(path), "--config", str(tmp_path / "overrides.yaml")])
 
+    real, llama = TARGETS[name], TARGETS[name].family == "llama"
     assert run.trainer.global_step == 2
-    target, drafter = run.datamodule.target, run.model.drafter
-    assert (
-        type(target.model).__name__
-        == {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[TARGETS[name][0]]
-    )
-    assert set(TARGETS[name][11]) <= set(target.eos_token_ids)
-    assert target.config.tie_word_embeddings is TARGETS[name][1]
+    target = run.datamodule.target
+    assert type(target.model).__name__ == ("LlamaForCausalLM" if llama else "Qwen3ForCausalLM")
+    assert target.config.tie_word_embeddings is real.tied
+    assert set(real.eos) <= set(target.eos_token_ids)
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    config = next(v for v in checkpoint.values() if isinstance(v, dict) and "dflash_config" in v)
+    config = checkpoint[CHECKPOINT_KEY]
     assert config["dflash_config"] == {
         "mask_token_id": settings["model"]["mask_token_id"],
         "target_layer_ids": settings["model"]["target_layer_ids"],
     }
     assert (config["block_size"], config["num_hidden_layers"]) == (16, 4)
-    assert config["rope_parameters"] == TARGETS[name][8]
-    assert config["num_target_layers"] == TARGETS[name][2]
-    assert drafter.fc.weight.shape == (32, 4 * 32)
-    assert estimate_run(run.trainer, run.model).total > 0
+    assert config["num_target_layers"] == real.layers
+    assert config["rope_parameters"] == real.rope
+    assert run.model.drafter.fc.weight.shape == (32, 4 * 32)
 
-    # the answer is supervised to its end, and no special token of the prompt is
+    # the answer is supervised to its end, and nothing of the prompt; bos comes once or never
     row = run.datamodule.train_rows[0]
     answer = tokenizer.decode(row.input_ids[row.supervised])
-    ends = {"llama": "<|eot_id|>", "qwen3": "<|im_end|>"}[TARGETS[name][0]]
-    thought = {"llama": "", "qwen3": "<think>\n\n</think>\n\n"}[TARGETS[name][0]]
-    assert answer.removesuffix("\n") == f"{thought}It is a whole number, of course.{ends}"
-    bos = tokenizer.decode(row.input_ids[:1])
-    assert bos == {"llama": "<|begin_of_text|>", "qwen3": "<|im_start|>"}[TARGETS[name][0]]
-    assert list(row.input_ids).count(128000) == (TARGETS[name][0] == "llama")
+    # Qwen3's template opens an answer without a thought with an empty one
+    whole = f"{said}<|eot_id|>" if llama else f"<think>\n\n</think>\n\n{said}<|im_end|>"
+    assert answer == whole
+    assert list(row.input_ids).count(128000) == (1 if llama else 0)
+    assert row.input_ids[0] == (128000 if llama else 151644)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_mask_token_is_one_that_no_text_has(name):
-    tokenizer, vocabulary = small_tokenizer(name), TARGETS[name][6]
+    tokenizer, vocabulary = small_tokenizer(name), TARGETS[name].vocabulary
     mask = recipe(name)[1]["model"]["mask_token_id"]
-    if TARGETS[name][0] == "llama":
+    if TARGETS[name].family == "llama":
         assert tokenizer.convert_ids_to_tokens(mask) == "<|reserved_special_token_0|>"
         assert choose_mask_token(tokenizer, vocabulary) == mask
     else:
@@ -242,14 +262,14 @@ def test_the_mask_token_is_one_that_no_text_has(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_recipe_is_the_paper_s_and_its_comments_hold(name):
     _, settings, text = recipe(name)
-    family, _, layers, hidden, mlp, heads, vocabulary, billions, *_ = TARGETS[name]
+    real = TARGETS[name]
     model, data, trainer = (settings[part] for part in ("model", "data", "trainer"))
     assert model["loss"] == {"gamma": 10.0, "alpha_focal": 0.3, "alpha_chain": 40.0}
     assert (model["num_layers"], model["block_size"], model["optimizer"]) == (4, 16, "adamw")
     assert (model["learning_rate"], model["warmup_fraction"]) == (1e-3, 0.015)
     assert (trainer["max_epochs"], trainer["precision"]) == (3, "bf16-mixed")
-    spread = [round((layers - 2) * i / 3) for i in range(4)]
-    assert model["target_layer_ids"] == spread == LAYERS[layers]
+    spread = [round((real.layers - 2) * i / 3) for i in range(4)]
+    assert model["target_layer_ids"] == spread == LAYERS[real.layers]
     for overlay in (None, "one-gpu", "eight-gpus"):
         over = {"trainer": trainer, "data": data}
         if overlay:
@@ -257,17 +277,17 @@ def test_a_recipe_is_the_paper_s_and_its_comments_hold(name):
         sizes = over["trainer"]["devices"], over["trainer"]["accumulate_grad_batches"]
         assert math.prod(sizes) * over["data"]["batch_size"] == 32
 
-    real = {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+    target = {"llama": LlamaConfig, "qwen3": Qwen3Config}[real.family](
+        vocab_size=real.vocabulary,
+        hidden_size=real.hidden,
+        intermediate_size=real.mlp,
+        num_hidden_layers=real.layers,
+        num_attention_heads=real.heads,
         num_key_value_heads=8,
         head_dim=128,
     )
     config = DrafterConfig.for_target(
-        real,
+        target,
         block_size=16,
         num_layers=4,
         target_layer_ids=tuple(model["target_layer_ids"]),
@@ -277,8 +297,8 @@ def test_a_recipe_is_the_paper_s_and_its_comments_hold(name):
         rows=data["batch_size"],
         tokens=data["max_length"],
         anchors=data["num_anchors"],
-        vocab_size=vocabulary,
-        chunk_rows=CHUNK_ELEMENTS["cuda"] // vocabulary,
+        vocab_size=real.vocabulary,
+        chunk_rows=CHUNK_ELEMENTS["cuda"] // real.vocabulary,
         compute_bytes=2,
         feature_bytes=2,
         attention="flex",
@@ -286,7 +306,7 @@ def test_a_recipe_is_the_paper_s_and_its_comments_hold(name):
     said = " ".join(text.replace("\n#", " ").split())
     assert f"about {estimate_step(config, step).total / 1e9:.1f} GB a step" in said
     assert f"{sum(count_weights(config)) / 1e6:.1f} M parameters" in said
-    assert f"{billions * 2:.1f} GB of target in bf16" in said
-    a_token = len(config.target_layer_ids) * hidden * 2
+    assert f"{real.billions * 2:.1f} GB of target in bf16" in said
+    a_token = len(config.target_layer_ids) * real.hidden * 2
     assert f"{a_token / 1e3:.1f} GB per million tokens kept" in said
     assert "Hours: not measured" in said
