@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from data.conversations import load_rows
 from data.formats import parse
-from data.overlap import training_texts
+from data.overlap import overlap_with_runs, training_texts
 from data.presets import PRESETS, parse_preset
 from data.sources import Source
 from drafter.errors import UserError
@@ -215,21 +216,33 @@ def test_presets_and_files_follow_one_another_in_a_list(tmp_path, monkeypatch):
     assert [row.sample_id for row in load(source, skip=1, limit=2)] == [1, 2]
 
 
-def test_stored_tokens_follow_the_local_copy(tmp_path):
-    path = tmp_path / "rows.jsonl"
+def test_stored_tokens_belong_to_the_local_copy_and_to_the_preset(tmp_path):
+    path, row = tmp_path / "rows.jsonl", ROWS["sharegpt, cut before an answer"][1]
     options = {"streaming": True, "cache_dir": tmp_path / "cache"}
-    write_rows(path, [ROWS["codealpaca"][1]])
-    assert len(load(f"preset:codealpaca={path}", **options)) == 1
-    write_rows(path, [ROWS["codealpaca"][1]] * 2)
-    assert len(load(f"preset:codealpaca={path}", **options)) == 2
-    # the same file read as plain rows is another source
-    assert len(load(str(path), **options)) == 2
-    assert len(list((tmp_path / "cache").glob("*/*"))) >= 3
+    write_rows(path, [row])
+    (preset,) = load(f"preset:sharegpt={path}", **options)
+    (plain,) = load(str(path), **options)  # the same file, read as it is: an answer comes first
+    assert len(plain.input_ids) > len(preset.input_ids)
+    write_rows(path, [row] * 2)
+    assert len(load(f"preset:sharegpt={path}", **options)) == 2
 
 
 def test_training_texts_are_the_preset_s_messages(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [ROWS["sharegpt, cut before an answer"][1]])
     assert list(training_texts(f"preset:sharegpt={tmp_path}", chatml())) == ["hello\nyou"]
+
+
+def test_a_preset_s_local_copy_is_searched_for_benchmark_prompts(tmp_path):
+    question = "how many of the words in this very long question are also in the training rows"
+    source = write_rows(
+        tmp_path / "a.jsonl", [{"instruction": question, "input": "", "output": "1"}]
+    )
+    prompts = [SimpleNamespace(set_name="s", turns=(question,), text=question)]
+    for where, told in ((f"={source}", 1), ("", "not files on this machine")):
+        (tmp_path / "config.yaml").write_text(f"data: {{train_data: 'preset:codealpaca{where}'}}")
+        drafter = SimpleNamespace(name="d", run_config=tmp_path / "config.yaml")
+        found = overlap_with_runs([drafter], prompts, chatml())["d"]
+        assert told in found if isinstance(told, str) else found["s"]["shared"] == told
 
 
 def test_an_unknown_name_is_one_sentence_with_the_presets():
