@@ -30,6 +30,7 @@ from data.features import (
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, Item, rank_and_world
 from data.sharing import KeptFeatures, load_target, shared_features
+from data.sources import Source
 from drafter.blocks import DraftBatch, LastHidden
 from drafter.errors import UserError
 from drafter.packing import batches_by_length
@@ -202,6 +203,10 @@ class OnlineHiddenStates(LightningDataModule):
                     "--data.target_device_map spreads one process's target over all GPUs, and this "
                     "run has several processes; set trainer.devices to 1, or build a feature cache."
                 )
+            for source in filter(None, (self.train_data, self.val_data)):
+                Source(
+                    source, split=self.train_split
+                ).presets()  # a typo, before minutes of loading
             self._target = load_target(
                 self.target_path,
                 gguf_file=self.gguf_file,

@@ -9,6 +9,7 @@ import pytest
 
 from data.conversations import load_rows
 from data.formats import parse
+from data.online import OnlineHiddenStates
 from data.overlap import overlap_with_runs, training_texts
 from data.presets import PRESETS, parse_preset
 from data.sources import Source
@@ -264,6 +265,9 @@ def test_what_a_user_gets_wrong_about_a_preset_is_named(tmp_path, monkeypatch):
     source = write_rows(tmp_path / "rows.jsonl", [{"text": "hello"}])
     with pytest.raises(UserError, match=r"line 1: no column messages.*are: text.*ultrachat_200k\?"):
         load(f"preset:ultrachat={source}")
+    data = OnlineHiddenStates(target="./none", train_data=source, val_data="preset:ultra")
+    with pytest.raises(UserError, match="no preset is called 'ultra'"):  # before the target loads
+        data.setup("fit")
     import datasets
 
     def offline(*_, **__):
