@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data.presets import PresetSource
 from data.render import fingerprint
 from data.rows import RowReport, RowSet, RowTokenizer, TokenRow
 from data.sources import Source, SourceRow
@@ -141,17 +142,25 @@ def check_tokenizer_fits(tokenizer: Any, vocab_size: int) -> None:
 
 def _source_key(reader: Source) -> dict[str, Any]:
     """What tells a source's content: size and time of files, revision of a hub data set."""
-    stats = [(str(path.resolve()), path.stat()) for path in reader.local_files()]
-    files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-    key: dict[str, Any] = {"source": files}
-    if reader.files() is None:
-        key = {"source": reader.name, "split": reader.split, "revision": reader.revision}
-        if files:
-            key["files"] = files
-    presets = reader.presets()
-    if presets:  # how one reads its rows may change with a release
-        key["presets"] = [preset.key() for preset in presets]
-    return key
+    entries = reader.entries()
+    if any(isinstance(entry, PresetSource) for entry, _ in entries):
+        keys = [
+            [_stats(files), entry.key() if isinstance(entry, PresetSource) else None]
+            for entry, files in entries
+        ]
+        on_hub = any(files is None for _, files in entries)
+        return {"entries": keys, "revision": reader.revision if on_hub else None}
+    files = reader.files()
+    if files is None:
+        return {"source": reader.name, "split": reader.split, "revision": reader.revision}
+    return {"source": _stats(files)}
+
+
+def _stats(files: list[Path] | None) -> list[Any] | None:
+    if files is None:
+        return None
+    stats = [(str(path.resolve()), path.stat()) for path in files]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def _with_bar(

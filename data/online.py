@@ -30,7 +30,7 @@ from data.features import (
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, Item, rank_and_world
 from data.sharing import KeptFeatures, load_target, shared_features
-from data.sources import Source
+from data.sources import check_names
 from drafter.blocks import DraftBatch, LastHidden
 from drafter.errors import UserError
 from drafter.packing import batches_by_length
@@ -65,7 +65,7 @@ class OnlineHiddenStates(LightningDataModule):
             prompt/response pairs or prompt_ids/response_ids. Or public data sets by name:
             `preset:NAME[/SPLIT][=PATH]`, PATH a local copy, NAME one of sharegpt, ultrachat,
             nemotron-v1, nemotron-v2, codealpaca, perfectblend (`data/presets.py`).
-        train_split: Split of a hub data set; a preset names its own.
+        train_split: Split of a hub data set; presets name their own.
         streaming: Tokenise a hub data set into an on-disk token file as it arrives.
         val_data: Like train_data; None holds out the first `val_rows` rows of train_data, and
             leaves out every other row with a prompt of theirs.
@@ -203,10 +203,8 @@ class OnlineHiddenStates(LightningDataModule):
                     "--data.target_device_map spreads one process's target over all GPUs, and this "
                     "run has several processes; set trainer.devices to 1, or build a feature cache."
                 )
-            for source in filter(None, (self.train_data, self.val_data)):
-                Source(
-                    source, split=self.train_split
-                ).presets()  # a typo, before minutes of loading
+            # a typo is told before minutes of loading
+            check_names((self.train_data, self.val_data), self.train_split)
             self._target = load_target(
                 self.target_path,
                 gguf_file=self.gguf_file,

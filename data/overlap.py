@@ -113,6 +113,8 @@ def training_texts(
     for row in Source(source, split=split).rows(skip):
         if limit is not None and row.index >= limit:
             return
+        if not row.asks:
+            continue
         try:
             said = parse(row)
         except UserError:

@@ -10,17 +10,19 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data.files import SUFFIXES, file_suffix, readable_files
 from data.presets import PresetSource, parse_preset
 from drafter.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 _TORN = (EOFError, gzip.BadGzipFile, zlib.error)
+
+Entry = tuple[str | PresetSource, list[Path] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,13 @@ class SourceRow:
         index: its place in the whole source, over all files, from 0.
         where: names it to a person: "chats.jsonl, line 12".
         data: column -> value.
+        asks: False for a preset's row without a question, which says nothing.
     """
 
     index: int
     where: str
     data: dict[str, Any]
+    asks: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Source:
     Args:
         source: a file, folder or preset ("preset:NAME", see `data/presets.py`), a list of them, or
             a hub id ("org/name", or "org/name:config").
-        split: split of a hub data set; local files have none, and a preset names its own.
+        split: split of a hub data set; local files and presets take none.
         streaming: read a hub data set as it arrives rather than downloading it first.
         revision: hub revision.
         cache_dir: where `datasets` keeps downloads; None for its default.
@@ -62,36 +66,29 @@ class Source:
         """The source as the user wrote it."""
         return self.source if isinstance(self.source, str) else ", ".join(map(str, self.source))
 
+    def entries(self) -> list[Entry]:
+        """Returns each entry's name or preset, with its local files; None for one on the hub.
+
+        Raises:
+            UserError: a file is missing, is of an unknown kind, or there is none; there is no such
+                preset; or a hub id is not the only entry.
+        """
+        names = _listed(self.source)
+        if not names:
+            raise UserError("no data: the list of files is empty")
+        return [_entry(name, alone=len(names) == 1) for name in names]
+
     def files(self) -> list[Path] | None:
         """Returns the local files, folders expanded in sorted order; None if any is on the hub.
 
         Raises:
-            UserError: a file is missing, is of an unknown kind, or there is none.
+            UserError: as `entries`.
         """
-        if any(inside is None for _, inside in self._entries()):
-            return None
-        return self.local_files()
-
-    def local_files(self) -> list[Path]:
-        """Returns the local files, whether or not other entries are on the hub.
-
-        Raises:
-            UserError: as `files`.
-        """
-        return [path for _, inside in self._entries() for path in inside or ()]
-
-    def presets(self) -> list[PresetSource]:
-        """Returns the presets among the entries, in order.
-
-        Raises:
-            UserError: there is no preset of a name, or a split is given beside one.
-        """
-        found = [chosen for chosen in map(parse_preset, self._given()) if chosen]
-        if found and self.split != "train":
-            raise UserError(
-                f"{self.name}: a preset names its own split; write it as "
-                f"preset:{found[0].name}/{self.split}, and leave train_split out"
-            )
+        found: list[Path] = []
+        for _, files in self.entries():
+            if files is None:
+                return None
+            found += files
         return found
 
     def rows(self, start: int = 0) -> Iterator[SourceRow]:
@@ -100,38 +97,21 @@ class Source:
         Raises:
             UserError: a file that cannot be read or a malformed line, with its number.
         """
-        entries = self._entries()
+        entries = self.entries()
         # of a single data set on the hub, `datasets` itself passes over what is before `start`
         passed = start if len(entries) == 1 and entries[0][1] is None else 0
         every = chain.from_iterable(self._entry_rows(*entry, passed) for entry in entries)
         for index, (where, data) in enumerate(every, passed):
             if index >= start:
-                yield SourceRow(index, where, data)
-
-    def _given(self) -> list[str]:
-        given = [self.source] if isinstance(self.source, (str, Path)) else list(self.source)
-        if not given:
-            raise UserError("no data: the list of files is empty")
-        return [str(entry) for entry in given]
-
-    def _entries(self) -> list[tuple[str | PresetSource, list[Path] | None]]:
-        """Returns each entry's name or preset with its files, None for one on the hub."""
-        given, presets = self._given(), iter(self.presets())
-        if len(given) == 1 and _is_hub_id(given[0]):
-            return [(given[0], None)]
-        entries: list[tuple[str | PresetSource, list[Path] | None]] = []
-        for entry in given:
-            chosen = next(presets) if parse_preset(entry) else None
-            if chosen is None:
-                entries.append((entry, _local_files(Path(entry).expanduser())))
-            else:
-                entries.append((chosen, chosen.files(file_suffix)))
-        return entries
+                yield SourceRow(index, where, data or {}, asks=data is not None)
 
     def _entry_rows(
         self, entry: str | PresetSource, files: list[Path] | None, start: int = 0
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (where, row) of one entry; `start` counts on the hub only."""
+    ) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """Yields (where, row) of one entry, None for a row without a question.
+
+        `start` counts on the hub only.
+        """
         if files is None:
             rows = self._hub_rows(entry, start)
         else:
@@ -152,7 +132,8 @@ class Source:
             path, _, config = name.partition(":")
             options: dict[str, Any] = {"streaming": self.streaming}
         else:
-            path, config, split, options = entry.hub_arguments(self.streaming)
+            config = ""
+            path, split, options = entry.hub_arguments(self.streaming)
             name = f"preset:{entry.name} ({path})"
         try:
             rows = datasets.load_dataset(
@@ -174,9 +155,44 @@ class Source:
             yield f"{name}[{split}], row {index}", dict(data)
 
 
+def check_names(sources: Iterable[str | Sequence[str] | None], split: str) -> None:
+    """Checks what can be said of sources before their rows are read: the names of presets.
+
+    Args:
+        sources: of one run; None for one that is not set.
+        split: of hub data sets.
+
+    Raises:
+        UserError: there is no such preset; or a split is given, and nothing but presets, which name
+            their own, to take it from.
+    """
+    names = [name for source in sources for name in _listed(source or ())]
+    presets = [preset for preset in map(parse_preset, names) if preset]
+    if presets and len(presets) == len(names) and split != "train":
+        raise UserError(
+            f"{', '.join(names)}: a preset names its own split; write it as "
+            f"preset:{presets[0].name}/{split}, and leave train_split out"
+        )
+
+
+def _listed(source: str | Sequence[str]) -> list[str]:
+    return list(map(str, [source] if isinstance(source, (str, Path)) else source))
+
+
+def _entry(name: str, *, alone: bool) -> Entry:
+    preset = parse_preset(name)
+    if preset is not None:
+        return preset, preset.files()
+    if not _is_hub_id(name):
+        return name, _local_files(Path(name).expanduser())
+    if not alone:
+        raise UserError(f"{name}: no such file or folder; a hub id must stand alone")
+    return name, None
+
+
 def _local_files(path: Path) -> list[Path]:
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.is_file() and file_suffix(p))
+        inside = readable_files(path)
         if not inside:
             raise UserError(f"{path}: no {', '.join(SUFFIXES)} file (or .gz) in it")
         return inside
@@ -190,17 +206,9 @@ def _local_files(path: Path) -> list[Path]:
 def _is_hub_id(name: str) -> bool:
     """A name that is no path here and does not look like one that is missing."""
     path = Path(name).expanduser()
-    if parse_preset(name) or path.exists() or file_suffix(path) or name.startswith((".", "/", "~")):
+    if path.exists() or file_suffix(path) or name.startswith((".", "/", "~")):
         return False
     return name.count("/") <= 1 and not name.endswith("/")
-
-
-def file_suffix(path: Path) -> str | None:
-    """Returns which of `SUFFIXES` the file has, whether or not .gz follows; None for another."""
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith(".settings.json"):  # what data/regenerate.py lays beside its output
-        return None
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,7 @@ from drafter.evaluation.loading import (
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.recipes import flat, read_yaml
 from drafter.evaluation.results import read_result
-from drafter.files import file_stamp, pieces, write_atomic
+from drafter.files import file_stamp, local_copy, pieces, write_atomic
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -138,6 +138,7 @@ def provenance_of(loaded: LoadedDrafter) -> dict[str, Any]:
         run = {"runs": [json.loads(file.read_text()) for file in files]}
         run["settings"] = flat(read_yaml(loaded.run_config))
         data = run["settings"].get("data.train_data")
+        data = local_copy(data) if isinstance(data, str) else data
         if isinstance(data, str) and Path(data).is_file():
             run["train_data_stamp"] = file_stamp(data)
     return {

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.cache_build import Builder, CacheSettings
 from data.conversations import load_rows
 from data.formats import parse
 from data.online import OnlineHiddenStates
 from data.overlap import overlap_with_runs, training_texts
 from data.presets import PRESETS, parse_preset
-from data.sources import Source
+from data.sources import Source, check_names
 from drafter.errors import UserError
 from tests.data_files import VOCAB, load, write_rows
 from tests.data_templates import CALL_ONLY, assistant, byte_bpe, chatml, user
@@ -87,6 +88,11 @@ ROWS = {
         nemotron({"role": "system", "content": ""}, user("hello"), assistant("you")),
         [user("hello"), assistant("you")],
     ),
+    "nemotron-v2, a system turn of blanks": (
+        "nemotron-v2",
+        nemotron({"role": "system", "content": " \n"}, user("hello"), assistant("you")),
+        [user("hello"), assistant("you")],
+    ),
     "nemotron-v2, a system turn and a thought": (
         "nemotron-v2",
         nemotron(SYSTEM, user("hello"), assistant("<think>\nhm\n</think>\n\nyou"), reasoning="on"),
@@ -122,10 +128,10 @@ def test_the_columns_of_a_preset_give_the_conversation_they_mean(tmp_path, case)
     write_rows(tmp_path / "rows.jsonl.gz", [columns])
     row = next(Source(f"preset:{name}={tmp_path}").rows())
     assert "rows.jsonl.gz, line 1" in row.where
-    conversation = parse(row)
     if expected is None:
-        assert conversation.says_nothing
+        assert not row.asks
     else:
+        conversation = parse(row)
         assert conversation.messages == expected
         assert conversation.tools == ([TOOL] if case == "nemotron-v1, tools" else None)
 
@@ -171,8 +177,50 @@ def test_a_folder_laid_out_as_on_the_hub_gives_the_files_of_the_split(tmp_path):
 
     assert asked(f"preset:ultrachat={tmp_path}") == ["train_sft"]
     assert asked(f"preset:ultrachat/test_sft={tmp_path}") == ["test_sft"]
-    with pytest.raises(UserError, match=r"no file name begins with 'train_gen'; leave"):
+    (tmp_path / "dataset_infos.json").write_text("{}")  # beside data/, and no data
+    assert asked(f"preset:ultrachat={tmp_path}") == ["train_sft"]
+    there = r"begins with 'train_gen' \(splits there: test_sft, train_sft\); preset:ultrachat=FILE"
+    with pytest.raises(UserError, match=there):
         asked(f"preset:ultrachat/train_gen={tmp_path}")
+    (tmp_path / "data" / "train_sft-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"begins with 'train_sft' \(splits there: test_sft\)"):
+        asked(f"preset:ultrachat={tmp_path}")  # not the rows of another split
+
+
+def test_a_copy_s_files_are_those_that_the_hub_has_for_the_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    for begins in ("chat", "tool"):
+        write_rows(tmp_path / "data" / f"{begins}-00000-of-00001.jsonl", [nemotron(user(begins))])
+    with pytest.raises(UserError, match="splits there: chat, tool_calling"):
+        Source(f"preset:nemotron-v1/math={tmp_path}").files()
+    assert [
+        path.name for path in Source(f"preset:nemotron-v1/tool_calling={tmp_path}").files()
+    ] == ["tool-00000-of-00001.jsonl"]
+
+
+def test_of_a_copy_with_two_files_only_the_data_set_is_read(tmp_path):
+    ours = PRESETS["sharegpt"].data_files
+    for name in (ours, "ShareGPT_2023.05.04v0_Wasteland_Edition.json"):
+        write_rows(tmp_path / name, [ROWS["sharegpt"][1]])
+    assert Source(f"preset:sharegpt={tmp_path}").files() == [tmp_path / ours]
+
+
+@pytest.mark.parametrize("metadata", [{"tools": [TOOL]}, json.dumps({"tools": [TOOL]})])
+def test_metadata_may_be_an_object_already(tmp_path, metadata):
+    row = nemotron(user("add"), assistant("3"), metadata=metadata)
+    source = write_rows(tmp_path / "a.jsonl", [row, nemotron(user("a"), metadata=[1])])
+    tools = [parse(row).tools for row in Source(f"preset:nemotron-v1={source}").rows()]
+    assert tools == [[TOOL], None]
+
+
+def test_a_row_without_question_is_counted_as_such(tmp_path):
+    rows = [ROWS[case][1] for case in ("sharegpt", "sharegpt, an answer alone", "sharegpt, empty")]
+    silent = {"id": "b", "conversations": [said("human", "hello"), said("gpt", "")]}
+    report = load(f"preset:sharegpt={write_rows(tmp_path / 'a.jsonl', [*rows, silent])}").report
+    assert {reason: tally.count for reason, tally in report.left_out.items()} == {
+        "no question": 2,
+        "empty response": 1,
+    }
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -228,9 +276,37 @@ def test_stored_tokens_belong_to_the_local_copy_and_to_the_preset(tmp_path):
     assert len(load(f"preset:sharegpt={path}", **options)) == 2
 
 
+def test_stored_tokens_tell_which_file_of_a_list_is_the_preset_s(tmp_path):
+    row = ROWS["sharegpt, cut before an answer"][1]
+    a, b = (write_rows(tmp_path / f"{name}.jsonl", [row]) for name in "ab")
+    options = {"streaming": True, "cache_dir": tmp_path / "cache"}
+    lists = [f"preset:sharegpt={a}", b], [a, f"preset:sharegpt={b}"]
+    one, two = ([len(row.input_ids) for row in load(source, **options)] for source in lists)
+    assert one == two[::-1]
+    assert one[0] < one[1]
+
+
+def test_stored_tokens_are_made_anew_when_presets_are_read_otherwise(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "a.jsonl", [ROWS["sharegpt"][1]])
+    options = {"streaming": True, "cache_dir": tmp_path / "cache"}
+    for reading in (1, 1, 2):
+        monkeypatch.setattr("data.presets.READING", reading)
+        load(f"preset:sharegpt={source}", **options)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_training_texts_are_the_preset_s_messages(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [ROWS["sharegpt, cut before an answer"][1]])
     assert list(training_texts(f"preset:sharegpt={tmp_path}", chatml())) == ["hello\nyou"]
+
+
+def test_a_malformed_row_does_not_end_the_search_for_overlap(tmp_path):
+    bad = {"messages": [{"role": "user", "content": {"x": 1}}]}
+    rows = [bad, ROWS["ultrachat"][1]]
+    source = f"preset:ultrachat={write_rows(tmp_path / 'a.jsonl', rows)}"
+    assert list(training_texts(source, chatml())) == ["hello\nyou\ntoday\nthe answer"]
+    with pytest.raises(UserError, match=r"line 1: messages\[0\]: content must be text"):
+        load(source)
 
 
 def test_a_preset_s_local_copy_is_searched_for_benchmark_prompts(tmp_path):
@@ -251,8 +327,25 @@ def test_an_unknown_name_is_one_sentence_with_the_presets():
         load_rows("preset:ultrachta", chatml(), vocab_size=VOCAB, max_length=9)
     names = "codealpaca, nemotron-v1, nemotron-v2, perfectblend, sharegpt, ultrachat"
     assert str(error.value) == (
-        f"preset:ultrachta: no preset is called 'ultrachta'; choose one of {names}"
+        f"preset:ultrachta: no preset is called 'ultrachta'; choose one of {names} "
+        "(a local file so called is read as ./preset:ultrachta)"
     )
+
+
+def test_the_split_of_a_hub_data_set_may_stand_beside_a_preset(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*_, **kwargs):
+        asked.append(kwargs["split"])
+        return datasets.Dataset.from_list([ROWS["ultrachat"][1]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    check_names(("preset:ultrachat", "org/x"), "test")
+    for source in ("preset:ultrachat", "org/x"):
+        load(source, split="test")
+    assert asked == ["train_sft", "test"]
 
 
 def test_what_a_user_gets_wrong_about_a_preset_is_named(tmp_path, monkeypatch):
@@ -260,14 +353,23 @@ def test_what_a_user_gets_wrong_about_a_preset_is_named(tmp_path, monkeypatch):
         parse_preset("preset:ultrachat=")
     with pytest.raises(UserError, match=r"download HuggingFaceH4/ultrachat_200k into it"):
         load(f"preset:ultrachat={tmp_path / 'none'}")
+    with pytest.raises(UserError, match=r"is no split; a local copy is preset:ultrachat=/data, "):
+        parse_preset("preset:ultrachat//data")
+    with pytest.raises(UserError, match="org/x: no such file or folder; a hub id must stand alone"):
+        load(["preset:ultrachat", "org/x"])
+    data = OnlineHiddenStates(
+        target="./none", train_data="preset:ultrachat", train_split="test_sft"
+    )
     with pytest.raises(UserError, match=r"write it as preset:ultrachat/test_sft"):
-        load("preset:ultrachat", split="test_sft")
+        data.setup("fit")
     source = write_rows(tmp_path / "rows.jsonl", [{"text": "hello"}])
     with pytest.raises(UserError, match=r"line 1: no column messages.*are: text.*ultrachat_200k\?"):
         load(f"preset:ultrachat={source}")
     data = OnlineHiddenStates(target="./none", train_data=source, val_data="preset:ultra")
     with pytest.raises(UserError, match="no preset is called 'ultra'"):  # before the target loads
         data.setup("fit")
+    with pytest.raises(UserError, match="no preset is called 'ultra'"):
+        Builder(CacheSettings("./none", "preset:ultra"), tmp_path / "cache")
     import datasets
 
     def offline(*_, **__):
