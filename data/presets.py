@@ -178,11 +178,11 @@ class PresetSource:
                 f"{where}: no column {', '.join(missing)}, which preset {self.name} reads (there "
                 f"are: {', '.join(data) or 'none'}); is this a copy of {preset.hub_id}?"
             )
+        if not data[preset.columns[0]]:
+            return None
         if len(preset.columns) > 1:
             return {column: data[column] for column in preset.columns}
         said = {preset.columns[0]: data[preset.columns[0]]}
-        if not all(said.values()):
-            return None
         try:
             kept = list(_tidy(row_messages(said, where) or []))
         except UserError:

@@ -100,12 +100,12 @@ class Source:
         entries = self.entries()
         # of a single data set on the hub, `datasets` itself passes over what is before `start`
         passed = start if len(entries) == 1 and entries[0][1] is None else 0
-        every = chain.from_iterable(self._entry_rows(*entry, passed) for entry in entries)
+        every = chain.from_iterable(self.entry_rows(*entry, passed) for entry in entries)
         for index, (where, data) in enumerate(every, passed):
             if index >= start:
                 yield SourceRow(index, where, data or {}, asks=data is not None)
 
-    def _entry_rows(
+    def entry_rows(
         self, entry: str | PresetSource, files: list[Path] | None, start: int = 0
     ) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """Yields (where, row) of one entry, None for a row without a question.

@@ -13,10 +13,13 @@ from data.formats import parse
 from data.online import OnlineHiddenStates
 from data.overlap import overlap_with_runs, training_texts
 from data.presets import PRESETS, parse_preset
+from data.prompt_sets import load_prompts
+from data.regenerate import main as regenerate
 from data.sources import Source, check_names
 from drafter.errors import UserError
 from tests.data_files import VOCAB, load, write_rows
 from tests.data_templates import CALL_ONLY, assistant, byte_bpe, chatml, user
+from tests.tiny import tiny_target_dir
 
 SYSTEM = {"role": "system", "content": "Be short."}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
@@ -307,6 +310,19 @@ def test_a_malformed_row_does_not_end_the_search_for_overlap(tmp_path):
     assert list(training_texts(source, chatml())) == ["hello\nyou\ntoday\nthe answer"]
     with pytest.raises(UserError, match=r"line 1: messages\[0\]: content must be text"):
         load(source)
+
+
+def test_the_prompts_of_a_preset_can_be_answered(tmp_path, capsys):
+    alone, asked = ROWS["sharegpt, an answer alone"][1], ROWS["sharegpt, cut before an answer"][1]
+    source = f"preset:sharegpt={write_rows(tmp_path / 'a.jsonl', [alone, asked])}"
+    out = tmp_path / "out.jsonl"
+    flags = ["--target", str(tiny_target_dir(tmp_path)), "--max-new-tokens", "2"]
+    regenerate([*flags, "--prompts", source, "--output", str(out)])
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert (line["set"], line["id"], line["prompt"]) == ("sharegpt", 1, "hello")
+    assert "left out: 1 rows, the first because " in capsys.readouterr().out
+    with pytest.raises(UserError, match="no question"):
+        load_prompts(source, chatml())
 
 
 def test_a_preset_s_local_copy_is_searched_for_benchmark_prompts(tmp_path):
