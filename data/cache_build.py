@@ -42,6 +42,7 @@ from data.online import OnlineHiddenStates
 from data.prompt_sets import held_out_prompts
 from data.render import fingerprint
 from data.rows import RowSet, TokenRow
+from data.sources import check_names
 from data.stored_target import StoredTarget, save_target
 from drafter.blocks import candidates
 from drafter.errors import UserError
@@ -70,7 +71,7 @@ class CacheSettings:
 
     Attributes:
         target: Hub id, folder or .gguf file.
-        train_data: Files or a hub id.
+        train_data: Files, a hub id or presets.
         gguf_file: Inside the target's folder.
         target_dtype: The target runs in it.
         target_revision: Hub revision.
@@ -170,6 +171,8 @@ class Builder:
         if settings.dtype not in ("bfloat16", "float16", "float32"):
             raise UserError(f"dtype is {settings.dtype!r}; choose bfloat16, float16 or float32.")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        # a typo is told before minutes of loading
+        check_names((settings.train_data, settings.val_data), settings.train_split)
         self.target = target or Target.load(
             settings.target,
             gguf_file=settings.gguf_file,

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data.presets import PresetSource
 from data.render import fingerprint
 from data.rows import RowReport, RowSet, RowTokenizer, TokenRow
 from data.sources import Source, SourceRow
@@ -47,8 +48,9 @@ def load_rows(
     """Returns the rows of `source` that a drafter can be trained on, as tokens.
 
     Args:
-        source: json, jsonl or parquet files, plain or .gz; a folder of them; a list of either; or a
-            hub id ("org/name" or "org/name:config"), read through `datasets`.
+        source: json, jsonl or parquet files, plain or .gz; a folder of them; a preset
+            ("preset:NAME", see `data/presets.py`); a list of these; or a hub id ("org/name" or
+            "org/name:config"), read through `datasets`.
         tokenizer: the target's.
         vocab_size: rows of the target's embedding.
         max_length: rows longer than this are cut, and counted; None cuts none.
@@ -140,11 +142,25 @@ def check_tokenizer_fits(tokenizer: Any, vocab_size: int) -> None:
 
 def _source_key(reader: Source) -> dict[str, Any]:
     """What tells a source's content: size and time of files, revision of a hub data set."""
+    entries = reader.entries()
+    if any(isinstance(entry, PresetSource) for entry, _ in entries):
+        keys = [
+            [_stats(files), entry.key() if isinstance(entry, PresetSource) else None]
+            for entry, files in entries
+        ]
+        on_hub = any(files is None for _, files in entries)
+        return {"entries": keys, "revision": reader.revision if on_hub else None}
     files = reader.files()
     if files is None:
         return {"source": reader.name, "split": reader.split, "revision": reader.revision}
+    return {"source": _stats(files)}
+
+
+def _stats(files: list[Path] | None) -> list[Any] | None:
+    if files is None:
+        return None
     stats = [(str(path.resolve()), path.stat()) for path in files]
-    return {"source": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def _with_bar(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.render import Message
-from data.sources import SourceRow
 from drafter.errors import UserError
+
+if TYPE_CHECKING:
+    from data.sources import SourceRow
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation")
 PROMPT_KEYS = ("prompt", "instruction", "question", "query", "problem")

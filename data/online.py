@@ -30,6 +30,7 @@ from data.features import (
 from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, Item, rank_and_world
 from data.sharing import KeptFeatures, load_target, shared_features
+from data.sources import check_names
 from drafter.blocks import DraftBatch, LastHidden
 from drafter.errors import UserError
 from drafter.packing import batches_by_length
@@ -61,8 +62,10 @@ class OnlineHiddenStates(LightningDataModule):
         target_revision: Hub revision.
         trust_remote_code: Run code from the target's repository.
         train_data: Files (json, jsonl, parquet; plain or .gz) or a hub id: conversations,
-            prompt/response pairs or prompt_ids/response_ids.
-        train_split: Split of a hub data set.
+            prompt/response pairs or prompt_ids/response_ids. Or public data sets by name:
+            `preset:NAME[/SPLIT][=PATH]`, PATH a local copy, NAME one of sharegpt, ultrachat,
+            nemotron-v1, nemotron-v2, codealpaca, perfectblend (`data/presets.py`).
+        train_split: Split of a hub data set; presets name their own.
         streaming: Tokenise a hub data set into an on-disk token file as it arrives.
         val_data: Like train_data; None holds out the first `val_rows` rows of train_data, and
             leaves out every other row with a prompt of theirs.
@@ -200,6 +203,8 @@ class OnlineHiddenStates(LightningDataModule):
                     "--data.target_device_map spreads one process's target over all GPUs, and this "
                     "run has several processes; set trainer.devices to 1, or build a feature cache."
                 )
+            # a typo is told before minutes of loading
+            check_names((self.train_data, self.val_data), self.train_split)
             self._target = load_target(
                 self.target_path,
                 gguf_file=self.gguf_file,
@@ -331,7 +336,9 @@ class OnlineHiddenStates(LightningDataModule):
 
     def _load_rows(self, training: bool) -> None:
         if not self.train_data:
-            raise UserError("No training data: set --data.train_data to files or a hub id.")
+            raise UserError(
+                "No training data: set --data.train_data to files, a hub id or a preset."
+            )
         held_out = self.val_rows if self.val_data is None else 0
         if self.val_data is not None:
             self._val_rows = self._rows(self.val_data, skip=0, limit=self.val_rows or None)

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -114,6 +113,8 @@ def training_texts(
     for row in Source(source, split=split).rows(skip):
         if limit is not None and row.index >= limit:
             return
+        if not row.asks:
+            continue
         try:
             said = parse(row)
         except UserError:
@@ -147,7 +148,7 @@ def overlap_with_runs(
         data = yaml.safe_load(loaded.run_config.read_text()).get("data", {})
         files = data.get("train_data")
         files = [files] if isinstance(files, str) else files or []
-        if not all(Path(file).exists() for file in files):
+        if files and not _are_local(files):
             found[loaded.name] = "not checked: its training rows are not files on this machine"
             continue
         held_out = data.get("val_rows", 0) if data.get("val_data") is None else 0
@@ -167,6 +168,14 @@ def overlap_with_runs(
                 checked[key] = f"not checked: {error}"
         found[loaded.name] = checked[key]
     return found
+
+
+def _are_local(files: Sequence[str]) -> bool:
+    """Returns whether training rows are files that are still there."""
+    try:
+        return Source(files).files() is not None
+    except UserError:
+        return False
 
 
 def overlap_lines(found: dict[str, Any]) -> list[str]:

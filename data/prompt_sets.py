@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.formats import check_range, prompt_messages, row_messages, token_ids
+from data.presets import PresetSource
 from data.render import ChatFormat, Message, TemplateRefusal
 from data.rows import TokenRow
 from data.sources import Source, read_file_leniently
@@ -67,8 +68,9 @@ def load_prompts(
     assistant turn) or {"prompt_ids": [...]}, which may come with "response_ids".
 
     Args:
-        source: files (json, jsonl, parquet; plain or .gz), a folder of them, or a list. A file's
-            set is named by its name up to the first dot.
+        source: files (json, jsonl, parquet; plain or .gz), a folder of them, presets ("preset:NAME"
+            as in `data/presets.py`), or a list. A file's set is named by its name up to the first
+            dot, a preset's by the preset.
         tokenizer: the target's; text is rendered with its template and the generation prompt.
         vocab_size: rows of the target's embedding, to check ids against; None checks nothing.
         skip: rows of each file to pass over first. Prompt ids are rows' places in their file.
@@ -82,18 +84,23 @@ def load_prompts(
         UserError: a file is missing or a row malformed (named), there is text to render but no chat
             template, two sets have one name, or no prompt is left.
     """
-    reader = Source(source)
-    files = reader.files()
-    if files is None:
-        raise UserError(f"{reader.name}: no such file or folder of prompts")
-    sets: dict[str, Path] = {}
-    for path in files:
-        name = path.name.split(".")[0]
-        if name in sets:
-            raise UserError(f"{path} and {sets[name]}: two prompt sets are named {name!r}")
-        sets[name] = path
+    reader = Source(source, streaming=True)
+    sets: dict[str, Rows] = {}
+    places: dict[str, Path | str] = {}
+    for entry, files in reader.entries():
+        found: list[tuple[str, Path | str, Rows]]
+        if isinstance(entry, PresetSource):
+            found = [(entry.name, f"preset:{entry.name}", _preset_rows(reader, entry, files))]
+        elif files is None:
+            raise UserError(f"{reader.name}: no such file or folder of prompts")
+        else:
+            found = [(path.name.split(".")[0], path, read_file_leniently(path)) for path in files]
+        for name, place, rows in found:
+            if name in sets:
+                raise UserError(f"{place} and {places[name]}: two prompt sets are named {name!r}")
+            sets[name], places[name] = rows, place
     return load_prompt_sets(
-        {name: read_file_leniently(path) for name, path in sets.items()},
+        sets,
         tokenizer,
         vocab_size=vocab_size,
         skip=skip,
@@ -103,6 +110,11 @@ def load_prompts(
         skipped=skipped,
         source=reader.name,
     )
+
+
+def _preset_rows(reader: Source, preset: PresetSource, files: list[Path] | None) -> Rows:
+    for where, row in reader.entry_rows(preset, files):
+        yield where, UserError(f"{where}: no question") if row is None else row
 
 
 def load_prompt_sets(

@@ -2,6 +2,9 @@
 
     python -m data.regenerate --target TARGET --prompts prompts.jsonl --output responses.jsonl.gz
 
+PROMPTS may also be a public data set, e.g. `preset:ultrachat` (`data/presets.py`); rows of one that
+cannot be asked are left out.
+
 A drafter is accepted for guessing what its target would write, so this is what it should train on.
 Responses are appended to OUTPUT.partial as they come; a killed run goes on where it stopped. At the
 end all of them are put into the prompts' order and OUTPUT is written at once.
@@ -21,8 +24,11 @@ from typing import Any
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from data.presets import parse_preset
 from data.prompt_sets import Prompt, load_prompts
+from data.sources import check_names
 from drafter.errors import UserError, one_sentence_errors
+from drafter.evaluation.trajectories import Skipped
 from drafter.files import write_atomic
 from drafter.sampling import Sampling
 from drafter.target import Target
@@ -218,7 +224,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data.regenerate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_target_flags(parser)
-    parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--prompts", required=True, nargs="+", metavar="PROMPTS")
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.jsonl[.gz]")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -258,13 +264,16 @@ def main(args: list[str] | None = None) -> None:
     options = parse(args)
     with one_sentence_errors():
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        check_names([options.prompts], "train")  # a typo is told before minutes of loading
         target = target_of(options)
+        left_out: list[Skipped] = []
         prompts = load_prompts(
             options.prompts,
             target.tokenizer,
             vocab_size=target.vocab_size,
             limit=options.limit,
             max_prompt_tokens=options.max_prompt_tokens,
+            skipped=left_out if any(map(parse_preset, options.prompts)) else None,
         )
         made = regenerate(
             target,
@@ -276,6 +285,8 @@ def main(args: list[str] | None = None) -> None:
             batch_size=options.batch_size,
         )
         print(f"{options.output}: {len(prompts)} responses, {made} of them generated now")
+        if left_out:
+            print(f"left out: {len(left_out)} rows, the first because {left_out[0].reason}")
 
 
 if __name__ == "__main__":

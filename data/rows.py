@@ -21,6 +21,7 @@ from drafter.errors import UserError
 
 # Why a row is left out. Each is counted and its first rows are named.
 EMPTY = "empty response"
+NO_QUESTION = "no question"
 REFUSED = "refused by the chat template"
 UNSUPERVISED = "no supervised token"
 CUT_AWAY = "no supervised token within max_length"
@@ -239,6 +240,9 @@ class RowTokenizer:
                 or a row longer than the target allows with no max_length given. Names the row.
         """
         report.read += 1
+        if not row.asks:
+            report.leave_out(row, NO_QUESTION)
+            return None
         parsed = parse(row)
         if parsed.says_nothing:
             report.leave_out(row, EMPTY)

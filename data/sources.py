@@ -1,4 +1,4 @@
-"""Rows of local files or of a hub data set, each with the place it came from.
+"""Rows of local files, of a hub data set or of presets, each with the place it came from.
 
 json and jsonl are read here rather than through `datasets`: a bad line is named by file and number,
 and already tokenised files need no further package.
@@ -10,15 +10,19 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data.files import SUFFIXES, file_suffix, readable_files
+from data.presets import PresetSource, parse_preset
 from drafter.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 _TORN = (EOFError, gzip.BadGzipFile, zlib.error)
+
+Entry = tuple[str | PresetSource, list[Path] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +33,23 @@ class SourceRow:
         index: its place in the whole source, over all files, from 0.
         where: names it to a person: "chats.jsonl, line 12".
         data: column -> value.
+        asks: False for a preset's row without a question, which says nothing.
     """
 
     index: int
     where: str
     data: dict[str, Any]
+    asks: bool = True
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: local files, or a data set of the hub.
+    """Where rows come from: local files, a data set of the hub, or presets.
 
     Args:
-        source: a file or folder, a list of them, or a hub id ("org/name", or "org/name:config").
-        split: split of a hub data set; local files have none.
+        source: a file, folder or preset ("preset:NAME", see `data/presets.py`), a list of them, or
+            a hub id ("org/name", or "org/name:config").
+        split: split of a hub data set; local files and presets take none.
         streaming: read a hub data set as it arrives rather than downloading it first.
         revision: hub revision.
         cache_dir: where `datasets` keeps downloads; None for its default.
@@ -59,32 +66,30 @@ class Source:
         """The source as the user wrote it."""
         return self.source if isinstance(self.source, str) else ", ".join(map(str, self.source))
 
-    def files(self) -> list[Path] | None:
-        """Returns the local files, folders expanded in sorted order; None for a hub id.
+    def entries(self) -> list[Entry]:
+        """Returns each entry's name or preset, with its local files; None for one on the hub.
 
         Raises:
-            UserError: a file is missing, is of an unknown kind, or there is none.
+            UserError: a file is missing, is of an unknown kind, or there is none; there is no such
+                preset; or a hub id is not the only entry.
         """
-        given = [self.source] if isinstance(self.source, (str, Path)) else list(self.source)
-        if not given:
+        names = _listed(self.source)
+        if not names:
             raise UserError("no data: the list of files is empty")
-        if len(given) == 1 and _is_hub_id(str(given[0])):
-            return None
-        files: list[Path] = []
-        for entry in given:
-            path = Path(entry).expanduser()
-            if path.is_dir():
-                inside = sorted(p for p in path.iterdir() if p.is_file() and file_suffix(p))
-                if not inside:
-                    raise UserError(f"{path}: no {', '.join(SUFFIXES)} file (or .gz) in it")
-                files += inside
-            elif not path.exists():
-                raise UserError(f"{path}: no such file or folder")
-            elif not file_suffix(path):
-                raise UserError(f"{path}: not one of {', '.join(SUFFIXES)}, plain or .gz")
-            else:
-                files.append(path)
-        return files
+        return [_entry(name, alone=len(names) == 1) for name in names]
+
+    def files(self) -> list[Path] | None:
+        """Returns the local files, folders expanded in sorted order; None if any is on the hub.
+
+        Raises:
+            UserError: as `entries`.
+        """
+        found: list[Path] = []
+        for _, files in self.entries():
+            if files is None:
+                return None
+            found += files
+        return found
 
     def rows(self, start: int = 0) -> Iterator[SourceRow]:
         """Yields the rows from index `start` on.
@@ -92,37 +97,110 @@ class Source:
         Raises:
             UserError: a file that cannot be read or a malformed line, with its number.
         """
-        files = self.files()
-        if files is None:
-            yield from self._hub_rows(start)
-            return
-        every = (row for path in files for row in read_file(path))
-        for index, (where, data) in enumerate(every):
+        entries = self.entries()
+        # of a single data set on the hub, `datasets` itself passes over what is before `start`
+        passed = start if len(entries) == 1 and entries[0][1] is None else 0
+        every = chain.from_iterable(self.entry_rows(*entry, passed) for entry in entries)
+        for index, (where, data) in enumerate(every, passed):
             if index >= start:
-                yield SourceRow(index, where, data)
+                yield SourceRow(index, where, data or {}, asks=data is not None)
 
-    def _hub_rows(self, start: int) -> Iterator[SourceRow]:
+    def entry_rows(
+        self, entry: str | PresetSource, files: list[Path] | None, start: int = 0
+    ) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """Yields (where, row) of one entry, None for a row without a question.
+
+        `start` counts on the hub only.
+        """
+        if files is None:
+            rows = self._hub_rows(entry, start)
+        else:
+            rows = (row for path in files for row in read_file(path))
+        if isinstance(entry, str):
+            yield from rows
+            return
+        for where, data in rows:
+            yield where, entry.row(data, where)
+
+    def _hub_rows(
+        self, entry: str | PresetSource, start: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         import datasets
 
-        assert isinstance(self.source, str) or len(self.source) == 1
-        name = self.source if isinstance(self.source, str) else self.source[0]
-        path, _, config = name.partition(":")
+        if isinstance(entry, str):
+            name, split = entry, self.split
+            path, _, config = name.partition(":")
+            options: dict[str, Any] = {"streaming": self.streaming}
+        else:
+            config = ""
+            path, split, options = entry.hub_arguments(self.streaming)
+            name = f"preset:{entry.name} ({path})"
         try:
             rows = datasets.load_dataset(
                 path,
                 config or None,
-                split=self.split,
-                streaming=self.streaming,
+                split=split,
                 revision=self.revision,
                 cache_dir=self.cache_dir,
+                **options,
             )
         except Exception as error:  # datasets raises a dozen kinds for what a user can mend
+            what = "no such file, and `datasets` cannot load it as a hub id"
+            if not isinstance(entry, str):
+                what = f"`datasets` cannot load it; =PATH after preset:{entry.name} reads a copy"
             raise UserError(
-                f"{name}: no such file, and `datasets` cannot load it as a hub id (split "
-                f"{self.split!r}): {type(error).__name__}: {error}"
+                f"{name}: {what} (split {split!r}): {type(error).__name__}: {error}"
             ) from error
         for index, data in enumerate(rows.skip(start) if start else rows, start):
-            yield SourceRow(index, f"{name}[{self.split}], row {index}", dict(data))
+            yield f"{name}[{split}], row {index}", dict(data)
+
+
+def check_names(sources: Iterable[str | Sequence[str] | None], split: str) -> None:
+    """Checks what can be said of sources before their rows are read: the names of presets.
+
+    Args:
+        sources: of one run; None for one that is not set.
+        split: of hub data sets.
+
+    Raises:
+        UserError: there is no such preset; or a split is given, and nothing but presets, which name
+            their own, to take it from.
+    """
+    names = [name for source in sources for name in _listed(source or ())]
+    presets = [preset for preset in map(parse_preset, names) if preset]
+    if presets and len(presets) == len(names) and split != "train":
+        raise UserError(
+            f"{', '.join(names)}: a preset names its own split; write it as "
+            f"preset:{presets[0].name}/{split}, and leave train_split out"
+        )
+
+
+def _listed(source: str | Sequence[str]) -> list[str]:
+    return list(map(str, [source] if isinstance(source, (str, Path)) else source))
+
+
+def _entry(name: str, *, alone: bool) -> Entry:
+    preset = parse_preset(name)
+    if preset is not None:
+        return preset, preset.files()
+    if not _is_hub_id(name):
+        return name, _local_files(Path(name).expanduser())
+    if not alone:
+        raise UserError(f"{name}: no such file or folder; a hub id must stand alone")
+    return name, None
+
+
+def _local_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        inside = readable_files(path)
+        if not inside:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file (or .gz) in it")
+        return inside
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not file_suffix(path):
+        raise UserError(f"{path}: not one of {', '.join(SUFFIXES)}, plain or .gz")
+    return [path]
 
 
 def _is_hub_id(name: str) -> bool:
@@ -131,14 +209,6 @@ def _is_hub_id(name: str) -> bool:
     if path.exists() or file_suffix(path) or name.startswith((".", "/", "~")):
         return False
     return name.count("/") <= 1 and not name.endswith("/")
-
-
-def file_suffix(path: Path) -> str | None:
-    """Returns which of `SUFFIXES` the file has, whether or not .gz follows; None for another."""
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith(".settings.json"):  # what data/regenerate.py lays beside its output
-        return None
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

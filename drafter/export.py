@@ -33,7 +33,7 @@ from drafter.evaluation.recipes import flat, read_yaml
 from drafter.evaluation.results import read_result
 from drafter.export_check import main as check
 from drafter.export_check import print_warnings, read_config
-from drafter.files import file_stamp, pieces, write_atomic
+from drafter.files import file_stamp, local_copy, pieces, write_atomic
 from drafter.publish import publish
 from drafter.speculators_layout import verifier_of, write_speculators
 
@@ -192,6 +192,7 @@ def provenance_of(loaded: LoadedDrafter) -> dict[str, Any]:
         run = {"runs": [json.loads(file.read_text()) for file in files]}
         run["settings"] = flat(read_yaml(loaded.run_config))
         data = run["settings"].get("data.train_data")
+        data = local_copy(data) if isinstance(data, str) else data
         if isinstance(data, str) and Path(data).is_file():
             run["train_data_stamp"] = file_stamp(data)
     return {

@@ -91,6 +91,12 @@ def cache_root(folder: str | Path | None = None) -> Path:
     return Path(base) / "l2r-drafter"
 
 
+def local_copy(source: str) -> str:
+    """Returns the path of "preset:NAME=PATH" (see data/presets.py), any other source as it is."""
+    head, _, path = source.partition("=")
+    return str(Path(path).expanduser()) if head.startswith("preset:") and path else source
+
+
 @functools.cache
 def file_stamp(path: str) -> str:
     """Returns a short hash of what a file or folder holds; of its name where it is not local.

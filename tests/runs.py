@@ -102,12 +102,17 @@ def cli(folder: Path, command: str = "fit", extra: tuple[str, ...] = (), **chang
     """Runs `train.py COMMAND` in this process and returns the CLI object."""
     path = folder / f"{command}.yaml"
     path.write_text(yaml.safe_dump(config(folder, **changes)))
+    return train([command, "--config", str(path), *extra])
+
+
+def train(words: list[str]) -> Any:
+    """Runs `train.py WORDS` in this process and returns the CLI object."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(RUN_DIR_VARIABLE, raising=False)
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         patch.setattr(sys, "argv", ["train.py"])
         try:
-            return main([command, "--config", str(path), *extra])
+            return main(words)
         finally:
             os.environ.pop(RUN_DIR_VARIABLE, None)
 

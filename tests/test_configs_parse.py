@@ -10,11 +10,16 @@ import yaml
 from tests.runs import ROOT
 from train import RUN_DIR_VARIABLE, main
 
-BASES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+CONFIGS = ROOT / "configs"
+BASES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in (*CONFIGS.glob("*.yaml"), *CONFIGS.glob("targets/*.yaml"))
+)
 OVERLAYS = sorted(
-    str(path.relative_to(ROOT / "configs"))
-    for path in (ROOT / "configs").glob("*/*.yaml")
-    if "rows" not in yaml.safe_load(path.read_text())  # grids: see test_evaluation_ablation.py
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.glob("*/*.yaml")
+    if path.parent.name != "targets"
+    and "rows" not in yaml.safe_load(path.read_text())  # grids: see test_evaluation_ablation.py
 )
 
 

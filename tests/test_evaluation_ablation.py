@@ -13,7 +13,7 @@ import drafter.evaluation.ablation as ablation_module
 import evaluate
 from drafter.errors import UserError
 from drafter.evaluation.ablation import OLDER
-from drafter.evaluation.recipes import read_grid
+from drafter.evaluation.recipes import Row, read_grid
 from drafter.files import file_stamp
 from drafter.target import Target
 from tests.runs import ROOT, config
@@ -323,6 +323,18 @@ def test_changed_data_and_prompts_are_seen(place, capsys):
     assert "is there" not in printed  # measured on other prompts now
     run(place, "--fresh")
     assert "is there" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside", ["", "data"])
+def test_changed_data_behind_a_preset_is_another_recipe(tmp_path, inside):
+    (tmp_path / "copy" / inside).mkdir(parents=True)
+    config, found = tmp_path / "a.yaml", set()
+    config.write_text(f"data: {{train_data: 'preset:codealpaca={tmp_path / 'copy'}'}}")
+    for text in ("one", "two"):
+        (tmp_path / "copy" / inside / "train.jsonl").write_text(text)
+        file_stamp.cache_clear()
+        found.add(Row("x", (str(config),)).family())
+    assert len(found) == 2
 
 
 def test_block_sizes_of_training_against_those_of_inference(place):

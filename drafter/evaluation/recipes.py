@@ -25,7 +25,7 @@ import yaml
 
 from drafter.config import check_block_size
 from drafter.errors import UserError
-from drafter.files import file_stamp
+from drafter.files import file_stamp, local_copy
 
 BUDGET = (
     "trainer.max_epochs",
@@ -67,7 +67,7 @@ class Row:
         """Returns 8 hex digits of a hash over all that training depends on but the seed."""
         settings = self.settings(overrides)
         held = {
-            key: [file_stamp(path) for path in _listed(settings[key])]
+            key: [stamp for path in _listed(settings[key]) for stamp in _stamps(path)]
             for key in FILES
             if settings.get(key)
         }
@@ -226,6 +226,13 @@ def _configs(value: Any, where: str) -> list[str]:
             raise UserError(f"{where}: there is no config {path}.")
         read_yaml(path)
     return paths
+
+
+def _stamps(source: str) -> list[str]:
+    """Returns the stamp of a source; of a preset's copy also that of data/ in it, as on the hub."""
+    path = local_copy(source)
+    places = [path] if path == source else [path, str(Path(path) / "data")]
+    return [file_stamp(place) for place in places]
 
 
 def _listed(value: Any) -> list[str]:
