@@ -52,11 +52,7 @@ def run_report(options: argparse.Namespace) -> None:
     drafters, misfits = sort_by_fit(drafters, target)
     misfits = [*unreadable, *misfits]
     prompts, follow_up = prompts_for(target, options)
-    contenders = with_searches(drafters, searches)
-    if options.draft_length:
-        length = read_draft_length(Path(options.draft_length))
-        cut = [replace(one, name=f"{one.name}, {length.label}", length=length) for one in drafters]
-        contenders += cut
+    contenders = [*with_searches(drafters, searches), *with_draft_length(drafters, options)]
     if options.dry_run:
         print("\n".join([*misfits, *plan(contenders, target, prompts, follow_up, settings)]))
         return
@@ -95,7 +91,8 @@ def run_calibrate(options: argparse.Namespace) -> None:
         f"{1e3 * record['costs']['fixed']:.1f} ms without drafts\n"
         f"draft while {rule.threshold:g} likely: {found.drafted[best]:.1f} of "
         f"{found.drafted[0]:.1f} slots a round, accepted length {found.accepted_length[best]:.3f} "
-        f"of {found.accepted_length[0]:.3f}, {100 * gain:+.0f} % tokens per second, predicted\n"
+        f"of {found.accepted_length[0]:.3f}, {100 * gain:+.0f} % tokens per second, predicted on "
+        "these prompts\n"
         f"rule: {output} (evaluate.py report --draft-length {output}); plot: {picture}"
     )
 
@@ -247,6 +244,31 @@ def with_searches(
         for loaded in drafters
         for search in searches
     ]
+
+
+def with_draft_length(
+    drafters: Sequence[LoadedDrafter], options: argparse.Namespace
+) -> list[LoadedDrafter]:
+    """Returns the drafters that --draft-length was found for, once more, with drafts cut so."""
+    if not options.draft_length:
+        return []
+    if options.audit:
+        raise UserError("--audit looks at whole drafts; leave --draft-length out.")
+    length, record = read_draft_length(Path(options.draft_length))
+    cut = [
+        replace(loaded, name=f"{loaded.name}, {length.label}", length=length)
+        for loaded in drafters
+        if loaded.fingerprint == record["fingerprint"]
+        and loaded.drafter.config.block_size == record["block_size"]
+    ]
+    if not cut:
+        raise UserError(
+            f"{options.draft_length} was found for another drafter or block size than these; run "
+            "evaluate.py calibrate for one of them."
+        )
+    if record["sampling"] != asdict(settings_from(options).trajectories.sampling):
+        print(f"warning: {options.draft_length} was found for responses sampled in another way")
+    return cut
 
 
 def target_for(drafters: Sequence[LoadedDrafter], options: argparse.Namespace) -> Target:

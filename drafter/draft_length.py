@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,9 @@ class DraftLength:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise UserError(f"a draft length's threshold is {self.threshold}; give 0 to 1.")
-        ordered = list(self.bounds) == sorted(self.bounds) and (
-            not self.bounds or self.bounds[-1] >= 1
-        )
-        if len(self.bounds) != len(self.rates) or not ordered:
+        ends = (0.0, *self.bounds)
+        ordered = all(low <= high for low, high in pairwise(ends))  # false for nan
+        if len(self.bounds) != len(self.rates) or not ordered or (self.bounds and ends[-1] < 1):
             raise UserError("a draft length's classes must ascend to 1, with a rate for each.")
         if not all(0 <= rate <= 1 for rate in self.rates):
             raise UserError("a draft length's rates must lie between 0 and 1.")
@@ -139,7 +139,8 @@ def fit_costs(tokens: Sequence[int], seconds: Sequence[float], draft: float) -> 
     x, y = np.asarray(tokens, float) - 1, np.asarray(seconds, float)
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / max(((x - x.mean()) ** 2).sum(), 1e-12))
     slope = max(0.0, slope)
-    return Costs(round(draft + float(y.mean() - slope * x.mean()), 12), round(slope, 12))
+    at_none = max(0.0, float(y.mean() - slope * x.mean()))
+    return Costs(round(draft + at_none, 12), round(slope, 12))
 
 
 def calibrate(
@@ -199,22 +200,25 @@ def calibration_error(rule: DraftLength, confidences: Tensor, accepted: Tensor, 
     return total / float(w.sum()) if float(w.sum()) > 0 else math.nan
 
 
-def read_draft_length(path: Path) -> DraftLength:
-    """Returns what `evaluate.py calibrate` has written.
+def read_draft_length(path: Path) -> tuple[DraftLength, dict[str, Any]]:
+    """Returns the rule that `evaluate.py calibrate` has written, and all that is beside it.
 
     Raises:
         UserError: It is missing, or something else.
     """
     try:
         content: Any = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"it says format {content['format']}, not {FORMAT}")
-        threshold, bounds, rates = (content[name] for name in ("threshold", "bounds", "rates"))
-        return DraftLength(float(threshold), tuple(bounds), tuple(rates))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"it is no object of format {FORMAT}")
+        bounds, rates = (tuple(map(float, content[name])) for name in ("bounds", "rates"))
+        rule = DraftLength(float(content["threshold"]), bounds, rates)
+        _ = content["fingerprint"], content["block_size"], content["sampling"]
+        return rule, content
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; evaluate.py calibrate makes it.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not what evaluate.py calibrate writes: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is not what evaluate.py calibrate writes: {reason}") from error
 
 
 def write_draft_length(rule: DraftLength, path: Path, record: dict[str, Any]) -> None:

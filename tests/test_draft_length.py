@@ -254,6 +254,7 @@ def test_costs_are_a_line_that_never_falls():
     assert costs.fixed == pytest.approx(0.014)
     assert costs.seconds(3, 10) == pytest.approx(3 * 0.014 + 10 * 0.001)
     assert fit_costs([1, 8], [0.02, 0.01], draft=0.0).slot == 0.0
+    assert fit_costs([1, 2, 16], [0.001, 0.001, 0.1], draft=0.004).fixed == 0.004
 
 
 # ---------------------------------------------------------------------- the command
@@ -291,7 +292,7 @@ def test_a_rule_is_found_written_and_measured_beside_the_whole_draft(place, caps
     content = json.loads(rule_path.read_text())
     assert content["responses"] == 4
     assert content["costs"]["fixed"] > 0
-    rule = read_draft_length(rule_path)
+    rule, _ = read_draft_length(rule_path)
     assert rule.threshold in THRESHOLDS
     # a rule that surely cuts
     content |= {"threshold": 0.9, "bounds": [], "rates": []}
@@ -314,6 +315,22 @@ def test_a_rule_is_found_written_and_measured_beside_the_whole_draft(place, caps
     assert [one["name"] for one in merged["drafters"]] == [d["name"] for d in result["drafters"]]
 
 
+def test_a_rule_is_for_the_drafter_that_it_was_found_for(place, capsys, tmp_path):
+    path = tmp_path / "rule.json"
+    command(place, "calibrate", "--output", str(path))
+    command(place, "report", "--draft-length", str(path), "--temperature", "1")
+    assert "was found for responses sampled in another way" in capsys.readouterr().out
+    for wrong in ({"fingerprint": "of another"}, {"block_size": 3}):
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+        with pytest.raises(SystemExit):
+            command(place, "report", "--draft-length", str(other))
+        assert "found for another drafter or block size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(place, "report", "--draft-length", str(path), "--audit")
+    assert "--audit looks at whole drafts" in capsys.readouterr().err
+
+
 def test_sampled_responses_calibrate_too(place):
     folder, _ = place
     rule_path = folder / "sampled.json"
@@ -325,9 +342,12 @@ def test_no_rule_is_one_sentence(place, capsys, tmp_path):
     with pytest.raises(SystemExit):
         command(place, "report", "--draft-length", str(tmp_path / "none.json"))
     assert "evaluate.py calibrate makes it" in capsys.readouterr().err
-    (tmp_path / "other.json").write_text("{}")
+    for content in ("{}", "[]", "no json", '{"format": 1, "bounds": ["x"], "rates": []}'):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(UserError, match=r"is not what evaluate\.py calibrate writes"):
+            read_draft_length(tmp_path / "other.json")
     with pytest.raises(UserError, match=r"is not what evaluate\.py calibrate writes"):
-        read_draft_length(tmp_path / "other.json")
+        read_draft_length(tmp_path)
     with pytest.raises(UserError, match="nothing to calibrate on"):
         calibrate(np.zeros(2), np.zeros(2), np.zeros(2))
     for wrong in (
@@ -335,6 +355,7 @@ def test_no_rule_is_one_sentence(place, capsys, tmp_path):
         {"bounds": (1.0, 0.5), "rates": (0.1, 0.2)},
         {"bounds": (0.5,), "rates": (0.1,)},
         {"bounds": (1.0,), "rates": (1.2,)},
+        {"bounds": (float("nan"), 1.0), "rates": (0.1, 0.2)},
     ):
         with pytest.raises(UserError):
             DraftLength(**wrong)

@@ -276,7 +276,9 @@ def _folder_bytes(folder: Path) -> int:
 
 def _record(entries: Mapping[str, Sequence[Found]]) -> dict[str, str]:
     """Returns where and when rows were trained and measured, not where the table is made."""
-    everything = [one.record for found in entries.values() for one in found]
+    everything = [
+        one.record for name, found in entries.items() if OLDER not in name for one in found
+    ]
     return {
         key: ", ".join(sorted({str(record[key]) for record in everything if record[key]}))
         for key in RECORD

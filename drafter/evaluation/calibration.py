@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from drafter.decoding import CachedDrafter, CachedTarget
@@ -24,12 +25,9 @@ from drafter.evaluation.plots import pyplot, to_png
 from drafter.evaluation.trajectories import Trajectory, TrajectorySettings
 from drafter.replay import replay_slots
 from drafter.rounds import SlotResults, count_rounds
-from drafter.sampling import GREEDY
 from drafter.target import Target
 
 THRESHOLDS = (0.0, *(round(0.02 * step, 2) for step in range(1, 46)))
-TIMED_PROMPTS = 3
-TIMED_TOKENS = 48
 REPEATS = 7
 
 
@@ -134,45 +132,52 @@ def sweep(slots: Sequence[SlotResults], rule: DraftLength, costs: Costs) -> Swee
 
 @torch.no_grad()
 def measure_costs(
-    loaded: LoadedDrafter, target: Target, trajectories: Sequence[Trajectory]
+    loaded: LoadedDrafter,
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    settings: TrajectorySettings,
 ) -> Costs:
-    """Returns what a round takes here: the loop on a few prompts, and passes of several lengths.
+    """Returns what a round takes here, by passes on the longest response.
+
+    At a temperature, what drawing and deciding takes is counted by the round, not by the slot.
 
     Args:
         loaded: On the target's device.
         target: Likewise.
-        trajectories: Of which the first prompts are decoded.
+        trajectories: One with a second token at least.
+        settings: Of them.
     """
-    settings = TrajectorySettings(TIMED_TOKENS, GREEDY)
-    timed = trajectories[:TIMED_PROMPTS]
-    loops = [decode_prompt(loaded.drafter, target, one.prompt.ids, settings) for one in timed[:1]]
-    loops = [decode_prompt(loaded.drafter, target, one.prompt.ids, settings) for one in timed]
-    rounds = sum(len(loop.rounds) for loop in loops)
-    if not rounds:
-        raise UserError("no response has a second token, so there is nothing to time.")
-    drafting = sum(loop.seconds["draft"] + loop.seconds["bookkeeping"] for loop in loops)
-    block_size = loaded.drafter.config.block_size
-    tokens = sorted({1, 2, *range(4, block_size, 4), block_size})
-    longest = max(timed, key=lambda one: one.length)
-    engine = CachedTarget(target, loaded.drafter.config.target_layer_ids)
-    engine.prefill(longest.tokens)
-    drafts = CachedDrafter(loaded.drafter, target, engine)
-    drafts.draft(longest.tokens[-1])
-    seconds = []
+    drafter, longest = loaded.drafter, max(trajectories, key=lambda one: len(one.ids))
+    loop = decode_prompt(drafter, target, longest.prompt.ids, settings)  # warms up, too
+    block_size = drafter.config.block_size
+    # nothing below goes beyond what the target has run already
+    prefix = longest.tokens[: max(1, longest.length - block_size - REPEATS)]
+    engine = CachedTarget(target, drafter.config.target_layer_ids)
+    engine.prefill(prefix)
+    drafts = CachedDrafter(drafter, target, engine, DraftLength())  # its look at confidence counts
+    drafts.draft(prefix[-1])  # encodes the prefix: later rounds encode what was accepted
+    block = longest.tokens[-block_size:]
+    drafting, tokens, seconds = [], sorted({1, 2, *range(4, block_size, 4), block_size}), []
+    for _ in range(REPEATS):
+        engine.verify(block[:1])
+        engine.commit(1)
+        drafting.append(_seconds(lambda: drafts.draft(block[0])))
     for count in tokens:
-        block = (longest.tokens * block_size)[:count]
-        seconds.append(statistics.median(_seconds(engine, block) for _ in range(REPEATS)))
-    return fit_costs(tokens, seconds, drafting / rounds)
+        times = []
+        for _ in range(REPEATS):
+            times.append(_seconds(lambda count=count: engine.verify(block[:count])))  # type: ignore[misc]
+            engine.commit(0)
+        seconds.append(statistics.median(times))
+    bookkeeping = loop.seconds.get("bookkeeping", 0.0) / max(1, len(loop.rounds))
+    return fit_costs(tokens, seconds, statistics.median(drafting) + bookkeeping)
 
 
-def _seconds(engine: CachedTarget, block: Sequence[int]) -> float:
+def _seconds(work: Callable[[], Tensor]) -> float:
     begun = time.perf_counter()
-    logits = engine.verify(block)
+    logits = work()
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
-    taken = time.perf_counter() - begun
-    engine.commit(0)
-    return taken
+    return time.perf_counter() - begun
 
 
 def find_draft_length(
@@ -196,7 +201,7 @@ def find_draft_length(
     """
     slots = slots_of(loaded, target, trajectories, settings, progress)
     rule = DraftLength(0.0, *calibrate(*reached_slots(slots)))
-    costs = measure_costs(loaded, target, trajectories)
+    costs = measure_costs(loaded, target, trajectories, settings)
     found = sweep(slots, rule, costs)
     rule = replace(rule, threshold=found.thresholds[found.best])
     record = {

@@ -51,8 +51,8 @@ def _facts(result: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     runs = sorted({row["runs"] for row in rows.values()})
     seeds = " or ".join(map(str, runs))
     return (
-        f"Accepted length: tokens per target pass, bonus token included, pooled over rounds, by "
-        f"replay of the target's own "
+        "Accepted length: tokens per target pass, bonus token included, pooled over rounds, by "
+        f"{'replay of' if main_mode(result) == 'replay' else 'decoding'} the target's own "
         f"{'greedy' if not temperature else f'temperature {temperature:g}'} responses of at most "
         f"{settings['max_new_tokens']} tokens. {seeds} {'seed' if runs == [1] else 'seeds'} a row "
         "(initialisation, order of rows, anchors); 95 % intervals draw prompts"
@@ -105,7 +105,9 @@ def _table(figures: Mapping[str, Any], names: Sequence[str], figure: str) -> str
         [
             name,
             *(
-                with_interval((found[AVERAGE] if one == AVERAGE else found["sets"][one])[figure])
+                with_interval(
+                    (found[AVERAGE] if one == AVERAGE else found["sets"].get(one, {})).get(figure)
+                )
                 for one in names
             ),
         ]

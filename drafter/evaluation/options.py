@@ -61,7 +61,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     )
     verb.add_argument("--ckpt", required=True, metavar="PATH", help="as in `report`")
     _add_prompt_options(verb)
-    _add_measuring_options(verb)
+    _add_measuring_options(verb, modes=False)
     verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
     verb.add_argument("--output", required=True, metavar="OUT.json", help="the rule, for `report`")
 
@@ -140,16 +140,10 @@ def _add_target_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", help="default: cuda where there is one, else cpu")
 
 
-def _add_measuring_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--mode",
-        choices=("replay", "decode", "both"),
-        default="replay",
-        help="replay: rounds read off the target's responses; decode: the real loop, timed",
-    )
-    verb.add_argument(
-        "--audit", action="store_true", help="decode with and without; explain what differs"
-    )
+def _add_measuring_options(verb: argparse.ArgumentParser, modes: bool = True) -> None:
+    verb.set_defaults(mode="replay", audit=False)
+    if modes:
+        _add_mode_options(verb)
     verb.add_argument("--max-new-tokens", type=int, default=2048)
     verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     verb.add_argument("--top-k", type=int, default=0)
@@ -160,6 +154,18 @@ def _add_measuring_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cache-dir", help="default: ~/.cache/l2r-drafter")
     verb.add_argument("--fresh", action="store_true", help="measure again what is kept")
     verb.add_argument("--no-progress", action="store_true", help="show no bars")
+
+
+def _add_mode_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--mode",
+        choices=("replay", "decode", "both"),
+        default="replay",
+        help="replay: rounds read off the target's responses; decode: the real loop, timed",
+    )
+    verb.add_argument(
+        "--audit", action="store_true", help="decode with and without; explain what differs"
+    )
 
 
 def settings_from(options: argparse.Namespace) -> ReportSettings:

@@ -52,12 +52,12 @@ def write_ablation(
     write_atomic(folder / "ablation.md", text)
     write_atomic(folder / "ablation.html", html_page(results, "Ablation"))
     print(text)
-    for result in results if tables else ():
-        assert tables is not None
-        stem = tables / result["grid"]
-        kept = [{**drafter, "samples": []} for drafter in result["drafters"]]
-        write_atomic(tables / f"{stem.name}.md", grid_page(result))
-        write_atomic(tables / f"{stem.name}.json", json.dumps({**result, "drafters": kept}) + "\n")
-        write_plots(result, stem)
-        print(f"page: {stem}.md")
+    if tables is not None:
+        for result in results:
+            stem = tables / result["grid"]
+            figures = {**result, "drafters": [{**d, "samples": []} for d in result["drafters"]]}
+            write_atomic(tables / f"{stem.name}.md", grid_page(result))
+            write_atomic(tables / f"{stem.name}.json", json.dumps(figures) + "\n")
+            write_plots(result, stem)
+            print(f"page: {stem}.md")
     print(f"rows: {folder}/rows; tables: {folder}/ablation.md; page: {folder}/ablation.html")

@@ -132,9 +132,9 @@ def report(
     if settings.decodes:
         for name, measured in bench.decode(fitting, prepared.prompts).items():
             found.setdefault(name, {})["decode"] = measured
-    searched = {loaded.name for loaded in fitting if not loaded.plain}
+    others = {loaded.name for loaded in fitting if not loaded.plain}
     for name, modes in found.items():
-        for mode, measured in modes.items() if name not in searched else ():
+        for mode, measured in modes.items() if name not in others else ():
             Rates(settings.folder, target).put(mode, measured.new_seconds, measured.new_tokens)
     result = {
         "format": FORMAT,
