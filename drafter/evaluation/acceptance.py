@@ -52,6 +52,7 @@ def expected_acceptance(result: Mapping[str, Any]) -> dict[str, Any]:
                     "mode": mode,
                     "block_size": drafter.get("block_size"),
                     "search": drafter.get("search"),
+                    "draft_length": drafter.get("draft_length"),
                     "sets": kept,
                 }
             )
@@ -73,6 +74,7 @@ def acceptance_lines(saved: Mapping[str, Any]) -> list[str]:
             f"up to {settings.get('max_new_tokens')} tokens",
         ]
         how += [str(one["search"])] if one.get("search") else []
+        how += ["drafts cut by a rule"] if one.get("draft_length") else []
         lines.append(f"expected acceptance ({one['mode']}, {', '.join(how)}):")
         for name, figures in one["sets"].items():
             length, loose = (
