@@ -14,6 +14,7 @@ token because of what was drawn there would favour the target's other tokens.)
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -89,8 +90,7 @@ class DraftLength:
         """Returns shares accepted (fp64) of confidences of any shape."""
         if not self.bounds:
             return confidence.double()
-        bounds = torch.tensor(self.bounds[:-1], dtype=torch.float64, device=confidence.device)
-        rates = torch.tensor(self.rates, dtype=torch.float64, device=confidence.device)
+        bounds, rates = _on_device(self.bounds[:-1], self.rates, confidence.device)
         return rates[torch.bucketize(confidence.double(), bounds)]
 
     def kept(self, confidence_TN: Tensor) -> Tensor:
@@ -101,6 +101,15 @@ class DraftLength:
     def cut(self, logits_NV: Tensor) -> Tensor:
         """Returns the logits of the slots that are kept."""
         return logits_NV[: int(self.kept(confidence(logits_NV)[None]))]
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(
+    bounds: tuple[float, ...], rates: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns both in fp64; kept, since decoding asks for them in every round."""
+    first, second = (torch.tensor(v, dtype=torch.float64, device=device) for v in (bounds, rates))
+    return first, second
 
 
 def confidence(logits: Tensor) -> Tensor:

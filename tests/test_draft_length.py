@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import evaluate
-from drafter.decoding import decode_speculatively
 from drafter.draft_length import (
     Costs,
     DraftLength,
@@ -30,15 +29,13 @@ from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySe
 from drafter.rounds import SlotResults, count_rounds
 from drafter.sampling import GREEDY, Sampling
 from tests.test_verification_exact_laws import (
-    EOS,
     PLAIN,
     WARPS,
     TableDrafter,
-    TableTarget,
     acceptances,
     assert_same_law,
     draft_law,
-    every_branch,
+    enumerate_loop,
     exact_texts,
     logits,
     slots_of,
@@ -58,27 +55,10 @@ class CutDrafter(TableDrafter):
         return HALF.cut(super().draft(anchor_id))
 
 
-def enumerate_cut_loop(block_size, max_new_tokens, rule, sampling):
-    def run(source):
-        target = TableTarget()
-        return decode_speculatively(
-            target,
-            CutDrafter(target, block_size),
-            [0],
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=(EOS,),
-            sampling=sampling,
-            source=source,
-            rule=rule,
-        )
-
-    return list(every_branch(run))
-
-
 @pytest.mark.parametrize("sampling", WARPS, ids=str)
 @pytest.mark.parametrize("rule", ["rejection", "rejection-argmax", "sample-and-match"])
 def test_cut_drafts_write_the_targets_law(rule, sampling):
-    runs = enumerate_cut_loop(4, 4, rule, sampling)
+    runs = enumerate_loop(4, 4, rule, sampling, CutDrafter)
     assert_same_law(text_law(runs), exact_texts(4, sampling))
     kept = {len(draft) for _, decoded in runs for draft in decoded.drafts}
     assert min(kept) < 3
@@ -89,7 +69,7 @@ def test_cut_drafts_write_the_targets_law(rule, sampling):
 @pytest.mark.parametrize("sampling", [WARPS[0], WARPS[3]], ids=str)
 def test_expectations_of_cut_rounds_are_the_loops(sampling):
     block_size, limit = 4, 5
-    runs = enumerate_cut_loop(block_size, limit, "rejection", sampling)
+    runs = enumerate_loop(block_size, limit, "rejection", sampling, CutDrafter)
     of_loop = np.zeros(3)
     for weight, decoded in runs:
         rounds = decoded.rounds

@@ -138,14 +138,14 @@ class TableDrafter:
         return logits([draft_law(prefix, k, PLAIN) for k in range(1, self.block_size)])
 
 
-def enumerate_loop(block_size, max_new_tokens, rule, sampling=PLAIN):
+def enumerate_loop(block_size, max_new_tokens, rule, sampling=PLAIN, drafter=TableDrafter):
     """Returns [(weight, Decoded)] of the shipped loop, over every branch."""
 
     def run(source):
         target = TableTarget()
         return decode_speculatively(
             target,
-            TableDrafter(target, block_size),
+            drafter(target, block_size),
             [0],
             max_new_tokens=max_new_tokens,
             eos_token_ids=(EOS,),

@@ -6,7 +6,6 @@ Legend: T anchors, N drafted slots, K block size, S tokens.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from drafter.decoding import CachedDrafter, CachedTarget
+from drafter.decoding import CachedDrafter, CachedTarget, Clock
 from drafter.draft_length import Costs, DraftLength, calibrate, calibration_error, fit_costs
 from drafter.errors import UserError
 from drafter.evaluation.loading import LoadedDrafter
-from drafter.evaluation.measure import FeatureStore, decode_prompt
+from drafter.evaluation.measure import FeatureStore, decode_prompt, slots_of
 from drafter.evaluation.plots import pyplot, to_png
 from drafter.evaluation.trajectories import Trajectory, TrajectorySettings
-from drafter.replay import replay_slots
 from drafter.rounds import SlotResults, count_rounds
 from drafter.target import Target
 
@@ -53,7 +51,7 @@ class Sweep:
         return int(np.argmax(self.tokens_per_second))
 
 
-def slots_of(
+def all_slots(
     loaded: LoadedDrafter,
     target: Target,
     trajectories: Sequence[Trajectory],
@@ -73,17 +71,8 @@ def slots_of(
     with tqdm(total=len(trajectories), desc="calibrating", disable=not progress) as bar:
         for batch in FeatureStore().each(target, trajectories, drafter.config.target_layer_ids):
             for place, states in batch:
-                own = trajectories[place]
-                slots = replay_slots(
-                    drafter,
-                    target.embed,
-                    target.head,
-                    states,
-                    torch.tensor(own.tokens, device=target.device),
-                    len(own.prompt.ids),
-                    sampling=settings.sampling,
-                    log_probs=torch.tensor(own.log_probs) if own.log_probs else None,
-                    length=DraftLength(),
+                slots = slots_of(
+                    drafter, target, trajectories[place], settings, states, length=DraftLength()
                 )
                 found.append(slots)
                 bar.update()
@@ -173,11 +162,9 @@ def measure_costs(
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    begun = time.perf_counter()
-    logits = work()
-    if logits.is_cuda:
-        torch.cuda.synchronize(logits.device)
-    return time.perf_counter() - begun
+    clock = Clock()
+    clock.lap("work", work())
+    return clock.seconds["work"]
 
 
 def find_draft_length(
@@ -199,7 +186,7 @@ def find_draft_length(
     Raises:
         UserError: No response has a second token.
     """
-    slots = slots_of(loaded, target, trajectories, settings, progress)
+    slots = all_slots(loaded, target, trajectories, settings, progress)
     rule = DraftLength(0.0, *calibrate(*reached_slots(slots)))
     costs = measure_costs(loaded, target, trajectories, settings)
     found = sweep(slots, rule, costs)

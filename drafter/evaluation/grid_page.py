@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drafter.evaluation.markdown import markdown_rows, with_interval
+from drafter.evaluation.markdown import figure_rows, markdown_rows
 from drafter.evaluation.plots import main_mode
 from drafter.evaluation.results import AVERAGE, names_of
 from drafter.evaluation.tables import number, signed
@@ -36,7 +36,7 @@ def grid_page(result: Mapping[str, Any]) -> str:
         _differences(result, mode, names),
         "## Waste: right drafts behind their block's first error",
         f"![Waste]({grid}-waste.png)",
-        _table(figures, [*names, AVERAGE], "waste_ratio"),
+        _wastes(figures, names),
         "## Acceptance by position",
         f"![Acceptance by position]({grid}-acceptance_by_position.png)",
         "## Accepted length by tokens of the prompt, all sets pooled",
@@ -66,14 +66,11 @@ def _lengths(figures: Mapping[str, Any], names: Sequence[str]) -> str:
     """The average's gain over the first row beside it."""
     first = next(iter(figures))
     base = figures[first][AVERAGE]["accepted_length"]["value"]
-    head = ["", *names, AVERAGE, f"over {first}"]
-    body = []
-    for name, found in figures.items():
+    head, body = figure_rows(figures, names, "accepted_length")
+    for row, found in zip(body, figures.values(), strict=True):
         own = found[AVERAGE]["accepted_length"]["value"]
-        gain = "" if name == first else f"{100 * (own / base - 1):+.1f} %"
-        cells = [with_interval(found["sets"].get(one, {}).get("accepted_length")) for one in names]
-        body.append([name, *cells, with_interval(found[AVERAGE]["accepted_length"]), gain])
-    return "\n".join(markdown_rows(head, body))
+        row.append("" if row[0] == first else f"{100 * (own / base - 1):+.1f} %")
+    return "\n".join(markdown_rows(["", *head[1:], f"over {first}"], body))
 
 
 def _differences(result: Mapping[str, Any], mode: str, names: Sequence[str]) -> str:
@@ -100,20 +97,9 @@ def _differences(result: Mapping[str, Any], mode: str, names: Sequence[str]) -> 
     return "\n".join(lines) + "\n\nBold: the set's own 95 % interval does not hold 0."
 
 
-def _table(figures: Mapping[str, Any], names: Sequence[str], figure: str) -> str:
-    body = [
-        [
-            name,
-            *(
-                with_interval(
-                    (found[AVERAGE] if one == AVERAGE else found["sets"].get(one, {})).get(figure)
-                )
-                for one in names
-            ),
-        ]
-        for name, found in figures.items()
-    ]
-    return "\n".join(markdown_rows(["", *names], body))
+def _wastes(figures: Mapping[str, Any], names: Sequence[str]) -> str:
+    head, body = figure_rows(figures, names, "waste_ratio")
+    return "\n".join(markdown_rows(["", *head[1:]], body))
 
 
 def _by_prompt_length(figures: Mapping[str, Any]) -> str:

@@ -60,6 +60,13 @@ def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
 def _markdown_table(
     figures: Mapping[str, Any], names: Sequence[str], figure: str, places: int = 3
 ) -> str:
+    return "\n".join(markdown_rows(*figure_rows(figures, names, figure, places)))
+
+
+def figure_rows(
+    figures: Mapping[str, Any], names: Sequence[str], figure: str, places: int = 3
+) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of a figure with its interval, by drafter and set; the average last."""
     head = ["drafter", *names, AVERAGE]
     rows = []
     for drafter, found in figures.items():
@@ -68,7 +75,7 @@ def _markdown_table(
             own = found[AVERAGE] if name == AVERAGE else found["sets"].get(name, {})
             cells.append(with_interval(own.get(figure), places))
         rows.append(cells)
-    return "\n".join(markdown_rows(head, rows))
+    return head, rows
 
 
 def markdown_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -30,6 +30,7 @@ from drafter.packing import batches_by_length, pad_rows
 from drafter.prompt_lookup import PromptLookup
 from drafter.replay import (
     ResponseCounts,
+    SlotResults,
     count_decoded,
     count_rounds,
     replay_slots,
@@ -185,14 +186,13 @@ def replay_trajectory(
         anchors_per_chunk: Blocks at once.
     """
     prompt = trajectory.prompt
-    input_ids = torch.tensor(trajectory.tokens, device=target.device)
     if search is not None:
         trees = replay_trees(
             drafter,
             target.embed,
             target.head,
             hidden_states,
-            input_ids,
+            torch.tensor(trajectory.tokens, device=target.device),
             len(prompt.ids),
             search=search,
             seed=settings.seed,
@@ -201,15 +201,12 @@ def replay_trajectory(
         )
         certain = count_rounds(trees)
         return MeasuredResponse(trajectory, certain, certain, trajectory.ids)
-    slots = replay_slots(
+    slots = slots_of(
         drafter,
-        target.embed,
-        target.head,
+        target,
+        trajectory,
+        settings,
         hidden_states,
-        input_ids,
-        len(prompt.ids),
-        sampling=settings.sampling,
-        log_probs=torch.tensor(trajectory.log_probs) if trajectory.log_probs else None,
         length=length,
         anchors_per_chunk=anchors_per_chunk,
     )
@@ -217,6 +214,31 @@ def replay_trajectory(
     if not settings.sampling.greedy:
         drawn = count_rounds(thin(slots, seed=settings.seed, prompt_id=prompt.key))
     return MeasuredResponse(trajectory, counts, drawn, trajectory.ids)
+
+
+def slots_of(
+    drafter: Drafter,
+    target: Target,
+    trajectory: Trajectory,
+    settings: TrajectorySettings,
+    hidden_states: Tensor,
+    *,
+    length: DraftLength | None = None,
+    anchors_per_chunk: int = 128,
+) -> SlotResults:
+    """Returns what the blocks at all anchors of a trajectory drafted; see `replay_trajectory`."""
+    return replay_slots(
+        drafter,
+        target.embed,
+        target.head,
+        hidden_states,
+        torch.tensor(trajectory.tokens, device=target.device),
+        len(trajectory.prompt.ids),
+        sampling=settings.sampling,
+        log_probs=torch.tensor(trajectory.log_probs) if trajectory.log_probs else None,
+        length=length,
+        anchors_per_chunk=anchors_per_chunk,
+    )
 
 
 @torch.no_grad()
