@@ -4,15 +4,22 @@ Legend: B rows, S context tokens, A anchors, K block size, Q = A*K queries, H he
 
 Keys are the S context positions followed by the Q block slots. One definition, `is_visible`,
 serves the dense mask of SDPA, flex_attention's mask and the element-by-element test.
+
+Sliding windows and causal blocks are those of public inference code: z-lab's `dflash/model.py`
+(`_attention_mask`), vLLM's `qwen3_dflash.py` (`_resolve_layer_attention`) and SGLang's
+`models/dflash.py`, and of SpecForge's training masks. A window of w holds the query's own position
+and the w - 1 before it, and moves with the slot: slot k sees context from anchor + k - w + 1 on.
+The speculators library (0.9) trains with another edge, w context positions before the anchor for
+all slots; vLLM serves what it trained with the edge that is used here.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +34,19 @@ FLEX_MIN_SCORES = 1 << 20
 FLEX_MIN_HEAD_DIM = 16
 
 
+class LayerAttention(NamedTuple):
+    """How far the slots of one layer see."""
+
+    window: int | None = None
+    """Positions from the query's own on that are near enough, on both sides unless causal; None
+    for all."""
+    causal: bool = False
+    """Whether a slot sees no later slot of its block."""
+
+
+FULL = LayerAttention()
+
+
 def is_visible(
     query: Tensor,
     key: Tensor,
@@ -35,6 +55,7 @@ def is_visible(
     key_document: Tensor,
     context_length: int | Tensor,
     block_size: int,
+    layer: LayerAttention = FULL,
 ) -> Tensor:
     """Returns whether block slot `query` sees key `key` (method.md, Visibility); broadcasts.
 
@@ -52,11 +73,23 @@ def is_visible(
             padding.
         context_length: S; a 0-d tensor in compiled masks, which then serve every S.
         block_size: K.
+        layer: Narrows what is seen; rows hold a document's tokens one after another, so that
+            distances in a row are distances in the document.
     """
     in_context = key < context_length
     sees_context = (key < anchor) & (key_document == anchor_document) & (key_document >= 0)
-    same_block = (key - context_length) // block_size == query // block_size
-    return torch.where(in_context, sees_context, same_block)
+    slot = key - context_length
+    same_block = slot // block_size == query // block_size
+    visible = torch.where(in_context, sees_context, same_block)
+    if layer == FULL:
+        return visible
+    offset = query % block_size
+    distance = torch.where(in_context, anchor + offset - key, offset - slot % block_size)
+    if layer.causal:
+        visible = visible & (distance >= 0)
+    if layer.window is not None:
+        visible = visible & (distance < layer.window) & (-distance < layer.window)
+    return visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +108,9 @@ def build_visibility(
     block_size: int,
     attention: AttentionKind = "auto",
     head_dim: int = FLEX_MIN_HEAD_DIM,
+    layer: LayerAttention = FULL,
 ) -> Visibility:
-    """Returns the visibility of B x A blocks over their rows.
+    """Returns the visibility of B x A blocks over their rows, in one kind of layer.
 
     Args:
         anchors_BA: (B, A) int64 row indices of the anchors, -1 for invalid blocks.
@@ -84,11 +118,50 @@ def build_visibility(
         block_size: K.
         attention: `sdpa` (dense mask), `flex` (CUDA only), or `auto`: flex where it pays.
         head_dim: E; flex_attention's kernels need at least `FLEX_MIN_HEAD_DIM`.
+        layer: The kind.
     """
     length = document_ids_BS.shape[1]
     if choose_attention(attention, anchors_BA, length, block_size, head_dim) == "flex":
-        return Visibility(flex=_flex_mask(anchors_BA, document_ids_BS, block_size))
-    return Visibility(dense=_dense_mask(anchors_BA, document_ids_BS, block_size))
+        return Visibility(flex=_flex_mask(anchors_BA, document_ids_BS, block_size, layer))
+    return Visibility(dense=_dense_mask(anchors_BA, document_ids_BS, block_size, layer))
+
+
+def build_visibilities(
+    layers: Sequence[LayerAttention],
+    anchors_BA: Tensor,
+    document_ids_BS: Tensor,
+    block_size: int,
+    attention: AttentionKind = "auto",
+    head_dim: int = FLEX_MIN_HEAD_DIM,
+) -> tuple[Visibility, ...]:
+    """Returns `build_visibility` of every layer; layers of one kind share it."""
+    made = {
+        layer: build_visibility(anchors_BA, document_ids_BS, block_size, attention, head_dim, layer)
+        for layer in dict.fromkeys(layers)
+    }
+    return tuple(made[layer] for layer in layers)
+
+
+def last_block_visibility(
+    layer: LayerAttention, context_length: int, block_size: int, device: torch.device
+) -> Visibility | None:
+    """Returns what one block right behind its whole context sees; None for every key.
+
+    Args:
+        layer: The kind of layer.
+        context_length: S, all of the block's document.
+        block_size: K.
+        device: Of the mask.
+    """
+    if layer == FULL:
+        return None
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    query_K1 = torch.arange(block_size, device=device)[:, None]
+    key_1Q = torch.arange(context_length + block_size, device=device)[None]
+    dense_KQ = is_visible(
+        query_K1, key_1Q, zero + context_length, zero, zero, context_length, block_size, layer
+    )
+    return Visibility(dense=dense_KQ[None, None])
 
 
 def choose_attention(
@@ -132,7 +205,9 @@ def _anchor_documents(anchors_BA: Tensor, document_ids_BS: Tensor) -> Tensor:
     return document_ids_BS.gather(1, anchors_BA.clamp(0, document_ids_BS.shape[1] - 1))
 
 
-def _dense_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) -> Tensor:
+def _dense_mask(
+    anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int, layer: LayerAttention = FULL
+) -> Tensor:
     context_length = document_ids_BS.shape[1]
     slots = anchors_BA.shape[1] * block_size
     device = anchors_BA.device
@@ -143,11 +218,20 @@ def _dense_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) ->
     query_1Q1 = torch.arange(slots, device=device).view(1, -1, 1)
     key_11K = torch.arange(context_length + slots, device=device).view(1, 1, -1)
     return is_visible(
-        query_1Q1, key_11K, anchor_BQ1, document_BQ1, key_document_B1K, context_length, block_size
+        query_1Q1,
+        key_11K,
+        anchor_BQ1,
+        document_BQ1,
+        key_document_B1K,
+        context_length,
+        block_size,
+        layer,
     ).unsqueeze(1)
 
 
-def _flex_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) -> Any:
+def _flex_mask(
+    anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int, layer: LayerAttention = FULL
+) -> Any:
     rows, context_length = document_ids_BS.shape
     slots = anchors_BA.shape[1] * block_size
     anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
@@ -165,6 +249,7 @@ def _flex_mask(anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int) -> 
             key_document,
             length,
             block_size,
+            layer,
         )
 
     on_cuda = anchors_BA.is_cuda

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, Qwen3Config
 
+from drafter.attention import LayerAttention
 from drafter.errors import UserError
 
 MAX_BLOCK_SIZE = 64
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Entries of `layer_types`."""
+_OF_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
 
 class DrafterConfig(Qwen3Config):
     """A flat Qwen3 config plus what a block-diffusion drafter needs (method.md, last section).
+
+    Sliding layers are told as transformers' Qwen3 does: `layer_types`, `sliding_window` and
+    `use_sliding_window`. NVIDIA's and Xiaomi's `dflash_config.use_swa` with `swa_window_size` (all
+    layers slide, none is causal unless told) is read into these.
 
     Attributes:
         block_size: K, tokens per block with the anchor slot; 2 to 64.
         num_target_layers: Decoder layers of the target that it was made for.
         dflash_config: `mask_token_id` and `target_layer_ids` (0-based decoder layers; id i is the
             output of layer i), kept in one mapping as vLLM and SGLang read it.
+        is_causal: Whether slots see no later slot of their block, in all layers; None for in
+            sliding ones only. Also read from, and written to, `dflash_config.causal`.
     """
 
     block_size: int = 16
     num_target_layers: int = 0
     dflash_config: dict | None = None
+    is_causal: bool | None = None
+    layer_types: list[str] | None = None  # as Qwen3Config has it
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -32,6 +45,15 @@ class DrafterConfig(Qwen3Config):
         dflash = dict(self.dflash_config or {})
         # newer published configs carry the block size inside dflash_config
         self.block_size = int(dflash.pop("block_size", self.block_size))
+        causal = dflash.get("causal") if self.is_causal is None else self.is_causal
+        window = dflash.pop("swa_window_size", None)
+        if dflash.pop("use_swa", False) and SLIDING not in (self.layer_types or []):
+            self.layer_types = [SLIDING] * self.num_hidden_layers
+            causal = bool(causal)
+        if window is not None:
+            self.use_sliding_window, self.sliding_window = True, window
+        if causal is not None:  # z-lab's code reads one place, older engines the other
+            self.is_causal = dflash["causal"] = bool(causal)
         self.dflash_config = dflash
         check_block_size(self.block_size)
 
@@ -50,6 +72,34 @@ class DrafterConfig(Qwen3Config):
         """The L tapped decoder layers of the target, in the order of the columns of `fc`."""
         return tuple(int(i) for i in self._dflash("target_layer_ids"))
 
+    @property
+    def layer_attention(self) -> tuple[LayerAttention, ...]:
+        """How far each layer's slots see (vLLM's `_resolve_layer_attention`)."""
+        slides = [kind == SLIDING for kind in self.layer_types or [FULL] * self.num_hidden_layers]
+        return tuple(
+            LayerAttention(
+                self.sliding_window if sliding else None,
+                sliding if self.is_causal is None else self.is_causal,
+            )
+            for sliding in slides
+        )
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on block inputs beside the target's own (`input_embedding_scale`)."""
+        return float(self._told("input_embedding_scale") or 1.0)
+
+    @property
+    def told_logits(self) -> tuple[float, float | None] | None:
+        """Scale and soft-cap of logits; None for whatever the target's head has."""
+        scale, cap = self._told("output_multiplier"), self._told("final_logit_softcapping")
+        return (
+            None if scale is None and cap is None else (float(scale or 1), float(cap or 0) or None)
+        )
+
+    def _told(self, key: str) -> Any:
+        return (self.dflash_config or {}).get(key, getattr(self, key, None))
+
     def _dflash(self, key: str) -> Any:
         if key not in (self.dflash_config or {}):
             raise UserError(f"The drafter's config.json has no dflash_config.{key}; add it.")
@@ -59,6 +109,8 @@ class DrafterConfig(Qwen3Config):
         """Returns the JSON form, with both rope schemas for readers of either age."""
         out: dict[str, Any] = super().to_dict()
         out["architectures"] = ["DFlashDraftModel"]  # save_pretrained writes the class's name
+        if self.is_causal is None:
+            del out["is_causal"]
         rope = dict(out.get("rope_parameters") or {})
         out["rope_theta"] = rope.pop("rope_theta", None)
         out["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
@@ -121,9 +173,42 @@ def check_supported(config: DrafterConfig, where: Path) -> None:
     """Raises UserError for a published config that asks for what `Drafter` does not compute."""
     if config.hidden_act != "silu":
         raise UserError(f"{where} has hidden_act {config.hidden_act!r}; only silu can be computed.")
-    strange = sorted(set(config.layer_types or []) - {"full_attention"})
+    strange = sorted(set(config.layer_types or []) - {FULL, SLIDING})
     if strange:
-        raise UserError(f"{where} has layers of {', '.join(strange)}, not supported here yet.")
+        raise UserError(
+            f"{where} has layers of {', '.join(strange)}; only {FULL} and {SLIDING} are computed."
+        )
+    if SLIDING in (config.layer_types or []) and (config.sliding_window or 0) < 1:
+        raise UserError(
+            f"{where} has layers of {SLIDING} and no window; write sliding_window and "
+            "use_sliding_window: true into its config.json."
+        )
+    if config._told("attention_sink_bias") or config._told("add_swa_attention_sink_bias"):
+        raise UserError(f"{where} has attention sinks, which are not computed here.")
+    if config._told("is_neox_style") is False or config._told("rope_is_neox_style") is False:
+        raise UserError(f"{where} has an interleaved rope; only the half-split one is computed.")
+
+
+def refuse_dflash2(said: Mapping[str, Any], where: Path) -> None:
+    """Raises UserError for a DFlash 2 drafter, whose drafts are no product of marginals.
+
+    Its public definition (`DFlash2DraftModel` of z-lab's dflash/model.py and of vLLM) picks every
+    token by the one before it, so that neither replay nor rejection sampling here would hold.
+
+    Args:
+        said: Content of config.json, in either layout.
+        where: The folder, for the message.
+    """
+    dflash = said.get("dflash_config")
+    places = (said, dflash if isinstance(dflash, dict) else {})
+    named = "DFlash2DraftModel" in (said.get("architectures") or [])
+    named = named or said.get("speculators_model_type") == "dflash2"
+    if named or any(key in place for key in _OF_DFLASH2 for place in places):
+        raise UserError(
+            f"{where} holds a DFlash 2 drafter, whose two-tap convolutions (attention_conv, "
+            "mlp_conv) and candidate_selector are not computed here; only DFlash drafters without "
+            "them can be read."
+        )
 
 
 def _norm_eps(target_config: PreTrainedConfig) -> float:

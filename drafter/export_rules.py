@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from drafter.config import MAX_BLOCK_SIZE
+from drafter.config import FULL, MAX_BLOCK_SIZE, SLIDING
 from drafter.speculators_layout import is_speculators, told_block_size, verifier_name
 
 FILE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -107,6 +107,8 @@ def _dtype(config: Mapping[str, Any]) -> Any:
 def _zlab_rules(config: Mapping[str, Any]) -> list[Finding]:
     dflash = _mapping(config.get("dflash_config"))
     sizes = {repr(found["block_size"]) for found in (config, dflash) if "block_size" in found}
+    told = (config.get("is_causal"), dflash.get("causal"))
+    causal = {value for value in told if value is not None}
     return [
         _equal(config, "architectures", ["DFlashDraftModel"]),
         _equal(config, "model_type", "qwen3"),
@@ -115,6 +117,12 @@ def _zlab_rules(config: Mapping[str, Any]) -> list[Finding]:
             len(sizes) == 1,
             f"it is {', '.join(sorted(sizes)) or 'absent'}",
             "write it at the top level or in dflash_config",
+        ),
+        rule(
+            "is_causal and dflash_config.causal, if told, say the same",
+            len(causal) < 2,
+            f"they are {told[0]!r} and {told[1]!r}",
+            "write what it was trained with into both",
         ),
     ]
 
@@ -172,7 +180,11 @@ def _common_rules(said: Said) -> list[Finding]:
         if isinstance(found.get("rope_theta"), int | float)
     }
     kinds, depth = layers.get("layer_types"), layers.get("num_hidden_layers")
-    full = kinds is None or kinds == ["full_attention"] * (depth if _is_int(depth) else 0)
+    known = kinds is None or (
+        isinstance(kinds, list) and len(kinds) == depth and set(kinds) <= {FULL, SLIDING}
+    )
+    window = layers.get("sliding_window") if layers.get("use_sliding_window") else None
+    slides = isinstance(kinds, list) and SLIDING in kinds
     absent = [key for key in SIZES if not _is_int(layers.get(key)) or layers[key] < 1]
     return [
         rule(
@@ -206,11 +218,17 @@ def _common_rules(said: Said) -> list[Finding]:
         ),
         _equal(layers, "hidden_act", "silu"),
         rule(
-            "every layer has full attention (our rule, not an engine's)",
-            full and not layers.get("use_sliding_window"),
-            f"layer_types is {kinds!r} for {depth} layers, "
-            f"use_sliding_window {layers.get('use_sliding_window')!r}",
-            "write full_attention once for each layer, and no sliding window",
+            f"layer_types is {FULL} or {SLIDING} for each layer",
+            known,
+            f"it is {kinds!r} for {depth} layers",
+            "write those that it was trained with",
+        ),
+        rule(
+            "sliding layers have a window",
+            not slides or (_is_int(window) and window >= 1),
+            f"sliding_window is {layers.get('sliding_window')!r}, use_sliding_window "
+            f"{layers.get('use_sliding_window')!r}",
+            "write the window that it was trained with, and use_sliding_window true",
         ),
         rule(
             "rope_theta and rope_parameters say the same",

@@ -10,7 +10,7 @@ Decoding is the case of one block behind the whole context.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from drafter.attention import Visibility, attend
+from drafter.attention import FULL, Visibility, attend, last_block_visibility
 from drafter.config import DrafterConfig
 
 
@@ -187,7 +187,7 @@ class Drafter(PreTrainedModel):
         block_embeds: Tensor,
         block_positions: Tensor,
         context: DraftContext,
-        visibility: Visibility | None = None,
+        visibility: Visibility | Sequence[Visibility] | None = None,
     ) -> Tensor:
         """Returns states (B, A, K, D) for the target's head, after the final norm.
 
@@ -195,15 +195,30 @@ class Drafter(PreTrainedModel):
             block_embeds: (B, A, K, D) target embeddings of the anchor token and of K-1 mask tokens.
             block_positions: (B, A, K) int64 positions within the document.
             context: Of the same B rows.
-            visibility: From `drafter.attention.build_visibility`; None for one block per row that
-                sees the whole context.
+            visibility: From `drafter.attention.build_visibilities`, one of each layer (or one for
+                all, where all see fully); None for one block per row, right behind the context.
         """
         rows, blocks, block_size, _ = block_embeds.shape
-        assert visibility is not None or blocks == 1
+        seen: Sequence[Visibility | None]
+        if visibility is None:
+            assert blocks == 1
+            shape = context.length, block_size, block_embeds.device
+            kinds = self.config.layer_attention
+            made = {kind: last_block_visibility(kind, *shape) for kind in dict.fromkeys(kinds)}
+            seen = [made[kind] for kind in kinds]
+        elif isinstance(visibility, Visibility):
+            assert set(self.config.layer_attention) == {FULL}
+            seen = [visibility] * len(self.layers)
+        else:
+            seen = visibility
         x_BQD = block_embeds.flatten(1, 2).to(self._input_dtype())
+        if self.config.embedding_scale != 1.0:
+            x_BQD = x_BQD * self.config.embedding_scale
         rope = self._rope(block_positions.flatten(1))
-        for layer, keys, values in zip(self._layers(), context.keys, context.values, strict=True):
-            x_BQD = layer(x_BQD, rope, (keys, values), visibility)
+        for layer, keys, values, one in zip(
+            self._layers(), context.keys, context.values, seen, strict=True
+        ):
+            x_BQD = layer(x_BQD, rope, (keys, values), one)
         # the norm last: FSDP2 would warn of a view that an in-place operation could change
         out: Tensor = self.norm(x_BQD.view(rows, blocks, block_size, x_BQD.shape[-1]))
         return out
@@ -214,7 +229,7 @@ class Drafter(PreTrainedModel):
         positions: Tensor,
         block_embeds: Tensor,
         block_positions: Tensor,
-        visibility: Visibility | None = None,
+        visibility: Visibility | Sequence[Visibility] | None = None,
     ) -> Tensor:
         """Returns `denoise` over `encode_context`; shapes as there."""
         context = self.encode_context(hidden_states, positions)

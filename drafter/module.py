@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from drafter.attention import AttentionKind, build_visibility
+from drafter.attention import AttentionKind, build_visibilities
 from drafter.blocks import DraftBatch, LastHidden, build_blocks
 from drafter.config import DrafterConfig, check_block_size
 from drafter.errors import UserError
@@ -382,7 +382,8 @@ class DrafterModule(LightningModule):
         assert batch.hidden_states is not None
         config = self.drafter.config
         blocks = build_blocks(batch, config.block_size, config.mask_token_id)
-        visibility = build_visibility(
+        visibility = build_visibilities(
+            config.layer_attention,
             batch.anchors,
             batch.document_ids,
             config.block_size,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafter.attention import build_visibility
+from drafter.attention import build_visibilities
 from drafter.blocks import block_input_ids
 from drafter.draft_length import DraftLength, confidence
 from drafter.errors import UserError
@@ -265,7 +265,9 @@ def _chunks(
     for part_C in anchors_T.split(anchors_per_chunk):
         block_ids = block_input_ids(input_ids[part_C][None], block_size, mask_id)
         # every trajectory has its own length: a compiled kernel would be compiled for each
-        visibility = build_visibility(part_C[None], document_ids, block_size, "sdpa")
+        visibility = build_visibilities(
+            drafter.config.layer_attention, part_C[None], document_ids, block_size, "sdpa"
+        )
         positions = part_C[None, :, None] + offsets_K
         yield drafter.denoise(embed(block_ids), positions, context, visibility)[0, :, 1:]
 

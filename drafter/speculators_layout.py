@@ -39,6 +39,7 @@ _NOT_OF_LAYERS = (
     "architectures",
     "block_size",
     "dflash_config",
+    "is_causal",
     "num_target_layers",
     "transformers_version",
 )
@@ -91,7 +92,20 @@ def speculators_config(
         config: Of the drafter.
         dtype: Of the weights in the file.
         verifier: From `verifier_of`.
+
+    Raises:
+        UserError: It has what this layout cannot tell.
     """
+    layers_see = config.layer_attention
+    untold = {
+        "full-attention layers that are causal": any(
+            one.causal and one.window is None for one in layers_see
+        ),
+        f"input_embedding_scale {config.embedding_scale:g}": config.embedding_scale != 1.0,
+    }
+    for what, applies in untold.items():
+        if applies:
+            raise UserError(f"the speculators layout has no place for {what}; use --format zlab.")
     said: dict[str, Any] = json.loads(config.to_json_string())  # as the z-lab layout has it
     layers = {key: value for key, value in said.items() if key not in _NOT_OF_LAYERS}
     greedy = {
@@ -120,7 +134,9 @@ def speculators_config(
         "draft_vocab_size": config.vocab_size,
         "target_hidden_size": None,  # the drafter's own
         "sample_from_anchor": False,
-        "sliding_window_non_causal": False,
+        "sliding_window_non_causal": any(
+            one.window is not None and not one.causal for one in layers_see
+        ),
         "tie_word_embeddings": False,
         "dtype": dtype,
         **told,
@@ -144,6 +160,8 @@ def write_speculators(drafter: Drafter, folder: Path, verifier: Mapping[str, Any
 
 def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
     """Returns our config of one in the speculators form.
+
+    `sliding_window_non_causal` is our is_causal; absent it is false, as the library has it.
 
     Args:
         said: Content of config.json.
@@ -187,8 +205,10 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
             f"{where}: aux_hidden_state_layer_ids names 0, the embedding, which is no layer's "
             "output; only drafters that read layers' outputs can be read."
         )
-    for key in ("architectures", "model_type"):
+    for key in ("architectures", "model_type", "is_causal"):
         layers.pop(key, None)
+    if said.get("sliding_window_non_causal"):  # of sliding layers; full ones are never causal
+        layers["is_causal"] = False
     layers["block_size"] = int(needed["block_size"])
     layers["num_target_layers"] = said.get("num_target_layers") or _target_layers(said)
     layers["dflash_config"] = {"mask_token_id": needed["mask_token_id"], "target_layer_ids": ids}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from drafter.arriving import Arriving
-from drafter.attention import build_visibility
+from drafter.attention import build_visibilities
 from drafter.blocks import block_input_ids
 from drafter.decoding import Decoded
 from drafter.errors import UserError
@@ -131,8 +131,8 @@ class StaticDecoder:
         self._take_in(self._taps, self._taps_start_B[:, None] + offsets_K)
         config = self.drafter.config
         anchors_B1 = self._length_B[:, None]
-        visibility = build_visibility(
-            anchors_B1, self._documents_BS, self.block_size, "sdpa", config.head_dim
+        visibility = build_visibilities(
+            config.layer_attention, anchors_B1, self._documents_BS, self.block_size, "sdpa"
         )
         block_ids = block_input_ids(self._anchor_B[:, None], self.block_size, config.mask_token_id)
         hidden_BAKD = self.drafter.denoise(

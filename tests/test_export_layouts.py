@@ -371,8 +371,8 @@ def test_an_embedding_of_its_own_is_refused_by_name(target, target_dir, tmp_path
 
 OF_LAYERS = {
     "layer_types",
-    "use_sliding_window",
-    "max_window_layers",
+    "attention_sink_bias",
+    "is_neox_style",
     "hidden_act",
     "num_hidden_layers",
 }
@@ -392,8 +392,12 @@ OF_LAYERS = {
         ({"block_size": 1}, "block_size is 1"),
         ({"block_size": "many"}, "is not a drafter's folder"),
         ({"transformer_layer_config": None}, "has no transformer_layer_config"),
-        ({"layer_types": ["sliding_attention"]}, "of sliding_attention, not supported here yet"),
-        ({"use_sliding_window": True, "max_window_layers": 0}, "of sliding_attention, not supp"),
+        ({"layer_types": ["sliding_attention"]}, "of sliding_attention and no window; write"),
+        ({"layer_types": ["linear_attention"]}, "of linear_attention; only full_attention and"),
+        ({"attention_sink_bias": True}, "has attention sinks"),
+        ({"is_neox_style": False}, "has an interleaved rope"),
+        ({"speculators_model_type": "dflash2"}, r"two-tap .* \(attention_conv, mlp_conv\) and cand"),
+        ({"selector_rank": 256}, "holds a DFlash 2 drafter"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "has hidden_act 'gelu_pytorch_tanh'; only silu"),
         ({"num_hidden_layers": 2}, r"missing tensors \['layers.1.input"),
         ({"+": "t2d"}, r"unexpected tensors \['t2d'\]"),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drafter.attention import build_visibility
+from drafter.attention import build_visibilities
 from drafter.blocks import DraftBatch, build_blocks, candidates
 from drafter.mask_token import RESERVED_TOKENS
 from drafter.model import Drafter
@@ -187,12 +187,12 @@ class Examiner:
         """Returns (A, K, D) drafter states of a row's blocks, as a training step computes them."""
         batch, config = self.batches[place], self.drafter.config
         blocks = build_blocks(batch, convention.block_size, convention.mask_token_id)
-        visibility = build_visibility(
+        visibility = build_visibilities(
+            config.layer_attention,
             batch.anchors + int(convention.sees_anchor),
             batch.document_ids,
             convention.block_size,
             "sdpa",
-            config.head_dim,
         )
         hidden: Tensor = self.drafter(
             self.features(place, convention.layer_ids),

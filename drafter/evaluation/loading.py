@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from drafter.borrowed import check_borrowed
-from drafter.config import DrafterConfig, check_block_size, check_supported
+from drafter.config import DrafterConfig, check_block_size, check_supported, refuse_dflash2
 from drafter.draft_length import DraftLength
 from drafter.errors import UserError
 from drafter.files import pieces
@@ -135,6 +136,7 @@ def _read_folder(folder: Path, path: str) -> LoadedDrafter:
     layers_told = True
     try:
         said = json.loads((folder / "config.json").read_text())
+        refuse_dflash2(said, folder)
         if is_speculators(said):
             drafter, borrowed = read_speculators(folder, said)
             target_path = verifier_name(said)
@@ -238,6 +240,7 @@ def check_fits(loaded: LoadedDrafter, target: Target) -> None:
             f"{loaded.name}: its mask token id {config.mask_token_id} is beyond the target's "
             f"{target.vocab_size} embedding rows."
         )
+    _check_scales(loaded, target)
     if loaded.borrowed:
         theirs = {
             "embedding": target.embedding_weight,
@@ -249,3 +252,26 @@ def check_fits(loaded: LoadedDrafter, target: Target) -> None:
         check_borrowed(loaded.name, loaded.borrowed, known, target.path, exact=not gguf)
     if loaded.target_fingerprint not in (None, target.fingerprint):
         print(f"warning: {loaded.name} was trained with other weights than {target.path} holds")
+
+
+def _check_scales(loaded: LoadedDrafter, target: Target) -> None:
+    """Raises UserError unless what a drafter says of logits and embeddings holds with the target.
+
+    Most say nothing: scaling and soft-capping are the target's own. Of a drafter's own factor on
+    embeddings public code has two readings, in place of the target's (z-lab) and beside it (MLX),
+    which are the same unless the target scales its embeddings.
+    """
+    config, head = loaded.drafter.config, target.head
+    if config.told_logits is not None:
+        scale, cap = config.told_logits
+        if not (math.isclose(scale, head.scale, rel_tol=1e-4) and cap == head.softcap):
+            raise UserError(
+                f"{loaded.name} has logits scaled by {scale:g} and soft-capped at {cap}, and the "
+                f"head of {target.path} by {head.scale:g} and at {head.softcap}; give the target "
+                "that it was trained with."
+            )
+    if config.embedding_scale != 1.0 and not math.isclose(target.embedding_scale, 1.0):
+        raise UserError(
+            f"{loaded.name} has input_embedding_scale {config.embedding_scale:g}, and "
+            f"{target.path} scales its embeddings, too; public code differs on which is meant."
+        )
