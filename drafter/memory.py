@@ -174,7 +174,8 @@ def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:
     row = sizes.tokens * context + slots * block
     row += keys * layers * 2 * value * (query if sdpa else kv)
     if sdpa:
-        row += slots * keys * (1 + layers * value)  # every layer turns the mask into numbers
+        masks = len(set(config.layer_attention))
+        row += slots * keys * (masks + layers * value)  # every layer turns its mask into numbers
     return int(sizes.rows * row)
 
 

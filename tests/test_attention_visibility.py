@@ -6,13 +6,27 @@ import pytest
 import torch
 
 from drafter import attention as attention_module
-from drafter.attention import _flex_works, attend, build_visibility
+from drafter.attention import (
+    FULL,
+    LayerAttention,
+    _flex_works,
+    attend,
+    build_visibilities,
+    build_visibility,
+)
 from drafter.config import DrafterConfig
 from drafter.model import Drafter
 
 
-def mask_by_definition(anchors, documents, block_size):
-    """Element by element, from method.md's sentence."""
+def mask_by_definition(anchors, documents, block_size, layer=FULL):
+    """Element by element, from method.md's sentence, and each layer's from its positions."""
+
+    def near(slot, key):
+        """Both counted from the anchor, which stands at 0."""
+        if layer.causal and key > slot:
+            return False
+        return layer.window is None or key in range(slot - layer.window + 1, slot + layer.window)
+
     rows, context = documents.shape
     slots = anchors.shape[1] * block_size
     mask = torch.zeros(rows, 1, slots, context + slots, dtype=torch.bool)
@@ -21,9 +35,11 @@ def mask_by_definition(anchors, documents, block_size):
             anchor = int(anchors[b, q // block_size])
             for p in range(context):
                 if anchor >= 0 and p < anchor and documents[b, p] >= 0:
-                    mask[b, 0, q, p] = bool(documents[b, p] == documents[b, anchor])
+                    same = bool(documents[b, p] == documents[b, anchor])
+                    mask[b, 0, q, p] = same and near(q % block_size, p - anchor)
             for s in range(slots):
-                mask[b, 0, q, context + s] = s // block_size == q // block_size
+                same = s // block_size == q // block_size
+                mask[b, 0, q, context + s] = same and near(q % block_size, s % block_size)
     return mask
 
 
@@ -36,13 +52,26 @@ CASES = {
 }
 
 
+LAYERS = {
+    "full": FULL,
+    "full and causal": LayerAttention(None, True),
+    "window and causal": LayerAttention(6, True),
+    "window on both sides": LayerAttention(6),
+    "window within the block": LayerAttention(3),
+    "window of one": LayerAttention(1, True),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
-def test_the_mask_equals_its_element_by_element_definition(case, attention):
+def test_the_mask_equals_its_element_by_element_definition(case, attention, layer):
     anchors, documents, block_size = CASES[case]
+    layer = LAYERS[layer]
     anchors, documents = torch.tensor(anchors), torch.tensor(documents)
-    expected = mask_by_definition(anchors, documents, block_size)
-    visibility = build_visibility(anchors, documents, block_size, attention)
+    expected = mask_by_definition(anchors, documents, block_size, layer)
+    assert expected.any(-1).all()  # a slot that sees nothing would give NaN
+    visibility = build_visibility(anchors, documents, block_size, attention, layer=layer)
     if attention == "sdpa":
         assert torch.equal(visibility.dense, expected)
         return
@@ -160,7 +189,7 @@ def test_a_compiled_drafter_is_one_graph(monkeypatch, attention):
     monkeypatch.setattr(attention_module, "_compiled_flex", None)
     drafter = small_drafter()
     anchors, positions = torch.tensor([[8, 11]]), torch.arange(32).unsqueeze(0)
-    visibility = build_visibility(anchors, torch.zeros(1, 32).long(), 8, attention)
+    visibility = build_visibilities((FULL, FULL), anchors, torch.zeros(1, 32).long(), 8, attention)
     slots = anchors.unsqueeze(-1) + torch.arange(8)
     given = (torch.randn(1, 32, 64), positions, torch.randn(1, 2, 8, 32), slots, visibility)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # a CPU's flex has no gradient

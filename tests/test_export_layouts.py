@@ -396,7 +396,10 @@ OF_LAYERS = {
         ({"layer_types": ["linear_attention"]}, "of linear_attention; only full_attention and"),
         ({"attention_sink_bias": True}, "has attention sinks"),
         ({"is_neox_style": False}, "has an interleaved rope"),
-        ({"speculators_model_type": "dflash2"}, r"two-tap .* \(attention_conv, mlp_conv\) and cand"),
+        (
+            {"speculators_model_type": "dflash2"},
+            r"two-tap .* \(attention_conv, mlp_conv\) and cand",
+        ),
         ({"selector_rank": 256}, "holds a DFlash 2 drafter"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "has hidden_act 'gelu_pytorch_tanh'; only silu"),
         ({"num_hidden_layers": 2}, r"missing tensors \['layers.1.input"),

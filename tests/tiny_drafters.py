@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from drafter.attention import build_visibility
+from drafter.attention import build_visibilities
 from drafter.blocks import DraftBatch, build_blocks
 from drafter.config import DrafterConfig
 from drafter.evaluation.trajectories import EvalPrompt
@@ -25,15 +26,21 @@ def overfitted_drafter(
     steps: int = 60,
     new_tokens: int = 24,
     seed: int = 0,
+    num_layers: int = 1,
+    **layers: Any,
 ) -> Drafter:
-    """A drafter of one layer that was trained on the target's responses to these prompts."""
+    """A small drafter that was trained on the target's responses to these prompts.
+
+    `layers` are fields of its config: how its layers see.
+    """
     config = DrafterConfig.for_target(
         target.config,
         block_size=block_size,
-        num_layers=1,
+        num_layers=num_layers,
         target_layer_ids=(0, 2),
         mask_token_id=NUM_TOKENS,
     )
+    config = DrafterConfig.from_dict(config.to_dict() | layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drafter = Drafter(config)
@@ -51,7 +58,9 @@ def overfitted_drafter(
                 batch.positions,
                 target.embed(blocks.input_ids),
                 blocks.positions,
-                build_visibility(batch.anchors, batch.document_ids, block_size),
+                build_visibilities(
+                    config.layer_attention, batch.anchors, batch.document_ids, block_size
+                ),
             )
             scores = score_blocks(target.head, hidden, blocks)
             (-scores.log_prob.sum() / scores.valid.sum() / len(batches)).backward()
