@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drafter.attention import attend, build_visibility, choose_attention
+from drafter.attention import FULL, LayerAttention, attend, build_visibility, choose_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-def run(kind, context, anchors, dtype):
+def run(kind, context, anchors, dtype, layer=FULL):
     torch.manual_seed(0)
     rows, block_size = 2, 16
     draw = torch.stack([torch.randperm(context - 1)[:anchors].sort().values for _ in range(rows)])
@@ -25,7 +25,9 @@ def run(kind, context, anchors, dtype):
         torch.randn(rows, heads, length, 64, dtype=dtype, device="cuda", requires_grad=True)
         for heads, length in ((6, slots), (2, context + slots), (2, context + slots))
     ]
-    visibility = build_visibility(draw.cuda(), documents.cuda(), block_size, kind)
+    visibility = build_visibility(
+        draw.cuda(), documents.cuda(), block_size, kind, head_dim=64, layer=layer
+    )
     out = attend(*tensors, visibility)
     out.float().square().sum().backward()
     return [out, *(tensor.grad for tensor in tensors)]
@@ -33,10 +35,11 @@ def run(kind, context, anchors, dtype):
 
 @pytest.mark.parametrize("context", [256, 333, 1000])
 @pytest.mark.parametrize("anchors", [13, 64])
-def test_flex_equals_sdpa_forward_and_backward(context, anchors):
+@pytest.mark.parametrize("layer", [FULL, LayerAttention(100, True), LayerAttention(100)])
+def test_flex_equals_sdpa_forward_and_backward(context, anchors, layer):
     for mine, theirs in zip(
-        run("flex", context, anchors, torch.float32),
-        run("sdpa", context, anchors, torch.float32),
+        run("flex", context, anchors, torch.float32, layer),
+        run("sdpa", context, anchors, torch.float32, layer),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
