@@ -341,7 +341,8 @@ def test_the_plain_target_and_another_head_are_left_as_they_are(setup):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, cli(folder, model__draft_vocab_size=20, **{**SHORT, "trainer__max_epochs": 1})
+    settings = {**SHORT, "model__loss": {"alpha_kl": 0.5}, "data__keep_in_memory": True}
+    return folder, cli(folder, model__draft_vocab_size=20, trainer__max_epochs=1, **settings)
 
 
 def last(folder):
