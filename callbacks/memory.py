@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from drafter.attention import choose_attention
+from drafter.draft_vocabulary import ReducedHead
 from drafter.memory import MemoryEstimate, StepSizes, estimate_step, logit_buffers
 from drafter.sharding import is_sharded
 
@@ -84,7 +85,10 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
         module: A `DrafterModule` with its drafter.
     """
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    drafter, head = module.drafter, module.target.head
+    drafter, head, whole = module.drafter, module.head, bool(module.loss.reads_whole)
+    # with a reduced draft vocabulary, scores of whole distributions still make p over all tokens
+    if isinstance(head, ReducedHead):
+        head = head.whole if whole else head.rows
     device = trainer.strategy.root_device
     longest = datamodule.train_rows.report.longest or datamodule.max_length
     tokens = -(-longest // datamodule.pad_multiple) * datamodule.pad_multiple
@@ -112,12 +116,12 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
             tokens=tokens,
             anchors=anchors.shape[1],
             vocab_size=head.vocab_size,
-            chunk_rows=head.chunk_rows(whole=bool(module.loss.reads_whole)),
+            chunk_rows=head.chunk_rows(whole=whole),
             compute_bytes=2 if "mixed" in str(trainer.precision) else 4,
             feature_bytes=head.weight.element_size(),
             attention=attention,
             device="cuda" if device.type == "cuda" else "cpu",
-            logit_buffers=logit_buffers(head, whole=bool(module.loss.reads_whole)),
+            logit_buffers=logit_buffers(head, whole=whole),
             gradient_copies=copies,
             soft_labels="kl" in module.loss.reads,
             whole_scores=len(module.loss.reads_whole),

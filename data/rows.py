@@ -28,6 +28,7 @@ CUT_AWAY = "no supervised token within max_length"
 NO_ANCHOR = "fewer than two supervised tokens in a row, so no anchor"
 HELD_OUT_PROMPT = "prompt of a held-out row"
 NAMED_ROWS = 5
+COUNTED_AT_ONCE = 1024
 
 
 @dataclass(slots=True)
@@ -170,6 +171,15 @@ class RowSet(Sequence[TokenRow]):
     def __iter__(self) -> Iterator[TokenRow]:
         """Yields the rows in the source's order."""
         return iter(self.rows)
+
+    def supervised_counts(self, vocab_size: int) -> np.ndarray:
+        """Returns how often each token is supervised, (vocab_size,) int64; reads every row."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for start in range(0, len(self), COUNTED_AT_ONCE):
+            rows = self.rows[start : start + COUNTED_AT_ONCE]
+            ids = np.concatenate([row.input_ids[row.supervised] for row in rows])
+            counts += np.bincount(ids, minlength=vocab_size)
+        return counts
 
     def tokens(self, index: int) -> int:
         """Returns a row's length; rows on disk are not read for it."""

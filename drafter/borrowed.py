@@ -16,13 +16,14 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BORROWED = {
     "embed_tokens.weight": "embedding",
     "lm_head.weight": "head",
-    "verifier_lm_head.weight": "head",
+    "verifier_lm_head.weight": "whole head",
     "verifier_norm.weight": "final norm",
 }
-"""Tensors of a file that are the target's, and which of it."""
+"""Tensors of a file that are the target's, and which of it; "head" has the rows of a reduced draft
+vocabulary, if the drafter has one."""
 _ENDS = {
     "embedding": ("embed_tokens.weight",),
-    "head": ("lm_head.weight", "embed_tokens.weight"),  # the second where they are tied
+    "whole head": ("lm_head.weight", "embed_tokens.weight"),  # the second where they are tied
     "final norm": ("model.norm.weight",),
 }
 
@@ -41,7 +42,8 @@ def check_borrowed(
     Args:
         name: Of the drafter.
         borrowed: Tensor to file.
-        target: "embedding" (V, D), "head" (V, D) and "final norm" (D,), those that are known.
+        target: "embedding" and "whole head" (V, D), "head" (V or R, D) and "final norm" (D,), those
+            that are known.
         target_name: For the message.
         exact: False for a target of quantised weights, whose differences are printed only.
     """
@@ -54,10 +56,14 @@ def check_borrowed(
             continue
         if exact or own.shape != theirs.shape:
             raise UserError(
-                f"{name}: its {tensor} is not the {BORROWED[tensor]} of {target_name}, and "
+                f"{name}: its {tensor} is not the {_said(tensor)} of {target_name}, and "
                 "drafters here use their target's; give the target that it was trained with."
             )
-        print(f"warning: {name}: its {tensor} is not quite the {BORROWED[tensor]} of {target_name}")
+        print(f"warning: {name}: its {tensor} is not quite the {_said(tensor)} of {target_name}")
+
+
+def _said(tensor: str) -> str:
+    return BORROWED[tensor].removeprefix("whole ")
 
 
 def _same(own: Tensor, theirs: Tensor) -> bool:
@@ -100,13 +106,19 @@ def read_tensor(file: Path, name: str) -> Tensor:
     return tensor
 
 
-def leave_out(folder: Path, borrowed: Mapping[str, Path], verifier: str | None) -> None:
+def leave_out(
+    folder: Path,
+    borrowed: Mapping[str, Path],
+    verifier: str | None,
+    kept: Tensor | None = None,
+) -> None:
     """Compares with the target where its files are here, and prints what is left out.
 
     Args:
         folder: Of the drafter.
         borrowed: Tensor to file.
         verifier: The target's folder or hub name; None where it is not told.
+        kept: (R,) the tokens that it drafts from; None for all.
 
     Raises:
         UserError: See `check_borrowed`.
@@ -118,6 +130,9 @@ def leave_out(folder: Path, borrowed: Mapping[str, Path], verifier: str | None) 
             names = [n for end in ends for n in sorted(files, key=len) if n.endswith(end)]
             if names:
                 found[what] = read_tensor(files[names[0]], names[0])
+        if "whole head" in found:
+            whole = found["whole head"]
+            found["head"] = whole if kept is None else whole[kept]
         check_borrowed(str(folder), borrowed, found, verifier)
     known = sorted(name for name in borrowed if BORROWED[name] in found)
     others = sorted(borrowed.keys() - set(known))

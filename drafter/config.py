@@ -27,6 +27,8 @@ class DrafterConfig(Qwen3Config):
     Attributes:
         block_size: K, tokens per block with the anchor slot; 2 to 64.
         num_target_layers: Decoder layers of the target that it was made for.
+        draft_vocab_size: R, tokens that it drafts from (`drafter.draft_vocabulary`); None for all
+            of the target's.
         dflash_config: `mask_token_id` and `target_layer_ids` (0-based decoder layers; id i is the
             output of layer i), kept in one mapping as vLLM and SGLang read it.
         is_causal: Whether slots see no later slot of their block, in all layers; None for in
@@ -36,6 +38,7 @@ class DrafterConfig(Qwen3Config):
     block_size: int = 16
     num_target_layers: int = 0
     dflash_config: dict | None = None
+    draft_vocab_size: int | None = None
     is_causal: bool | None = None
     layer_types: list[str] | None = None  # as Qwen3Config has it
 
@@ -114,6 +117,8 @@ class DrafterConfig(Qwen3Config):
         rope = dict(out.get("rope_parameters") or {})
         out["rope_theta"] = rope.pop("rope_theta", None)
         out["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        if self.draft_vocab_size is None:  # as it was before there was such a thing
+            out.pop("draft_vocab_size", None)
         return out
 
     @classmethod
@@ -126,6 +131,7 @@ class DrafterConfig(Qwen3Config):
         target_layer_ids: tuple[int, ...],
         mask_token_id: int,
         intermediate_size: int | None = None,
+        draft_vocab_size: int | None = None,
     ) -> DrafterConfig:
         """Returns a config whose widths, heads and rope are the target's.
 
@@ -136,6 +142,7 @@ class DrafterConfig(Qwen3Config):
             target_layer_ids: Tapped layers, checked by `drafter.target.check_layer_ids`.
             mask_token_id: See `drafter.mask_token`.
             intermediate_size: Width of the SwiGLU; the target's by default.
+            draft_vocab_size: R; None drafts from all tokens.
         """
         heads = target_config.num_attention_heads
         head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // heads
@@ -157,6 +164,7 @@ class DrafterConfig(Qwen3Config):
                 "mask_token_id": mask_token_id,
                 "target_layer_ids": list(target_layer_ids),
             },
+            draft_vocab_size=draft_vocab_size,
         )
 
 

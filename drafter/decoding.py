@@ -312,7 +312,7 @@ class CachedDrafter:
         hidden = self._drafter.denoise(
             self._target.embed(block_ids), slots.view(1, 1, -1), self.context
         )
-        logits_NV = self._target.head.logits(hidden[0, 0, 1:])
+        logits_NV = self._drafter.head(self._target.head).logits(hidden[0, 0, 1:])
         return logits_NV if self._length is None else self._length.cut(logits_NV)
 
 

@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from drafter.borrowed import WEIGHTS
+from drafter.draft_vocabulary import ReducedHead
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.acceptance import ACCEPTANCE, expected_acceptance
 from drafter.evaluation.loading import (
     PROVENANCE,
     LoadedDrafter,
+    check_fits,
     drafter_fingerprint,
     load_drafter,
 )
@@ -36,6 +39,7 @@ from drafter.export_check import print_warnings, read_config
 from drafter.files import file_stamp, local_copy, pieces, write_atomic
 from drafter.publish import publish
 from drafter.speculators_layout import verifier_of, write_speculators
+from drafter.target import Target
 
 CONFIG, CARD = "config.yaml", "README.md"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -50,6 +54,7 @@ SHOWN = (
     "trainer.precision",
     "model.num_layers",
     "model.block_size",
+    "model.draft_vocab_size",
     "model.init_from_target",
     "model.optimizer",
     "model.learning_rate",
@@ -95,8 +100,8 @@ def export(
 
     Raises:
         UserError: The dtype or the layout is unknown, the folder holds something else, the weights
-            are not finite in that dtype, the result is another drafter's, or the speculators
-            library could not read the target.
+            are not finite in that dtype, the result is another drafter's, the speculators library
+            could not read the target, or the z-lab layout is asked to hold a reduced vocabulary.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
@@ -112,6 +117,14 @@ def export(
             f"{loaded.name} does not tell how many layers its target has, and the z-lab layout "
             "does; write num_target_layers into its config.json."
         )
+    head_rows = None
+    if loaded.drafter.draft_tokens is not None:
+        if not speculators:
+            raise UserError(
+                f"{loaded.name} drafts from {len(loaded.drafter.draft_tokens)} tokens only, and "
+                "the z-lab layout cannot say which; export it with --format speculators."
+            )
+        head_rows = _head_rows(loaded, verifier)
     output = output.resolve()
     _check_replaceable(output)
     drafter = loaded.drafter.to(getattr(torch, dtype))
@@ -127,7 +140,7 @@ def export(
     try:
         drafter.config.dtype = getattr(torch, dtype)
         if speculators:
-            write_speculators(drafter, aside, named)
+            write_speculators(drafter, aside, named, head_rows)
         else:
             drafter.save_pretrained(aside, max_shard_size="1TB")
         (aside / WEIGHTS).chmod(0o644)  # safetensors makes it private
@@ -143,6 +156,22 @@ def export(
         _put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _head_rows(loaded: LoadedDrafter, verifier: str | None) -> Tensor:
+    """Returns the rows (R, D) of the target's head that a reduced draft vocabulary keeps."""
+    path = loaded.target_path or verifier
+    assert path is not None  # verifier_of has looked
+    target = Target.load(path, loaded.target_gguf_file, loaded.target_dtype)
+    check_fits(loaded, target)
+    head = loaded.drafter.head(target.head)
+    assert isinstance(head, ReducedHead)
+    if head.rows.bias is not None:
+        raise UserError(
+            f"the head of {path} has a bias, and the speculators layout has no place for one; a "
+            "drafter of the whole vocabulary (no --model.draft_vocab_size) can be exported."
+        )
+    return head.rows.weight
 
 
 def _put_in_place(new: Path, output: Path) -> None:
@@ -221,7 +250,7 @@ def model_card(
     target = provenance["target"]
     known = target["path"] is not None
     settings = provenance.get("settings", {})
-    dflash = config["dflash_config"]
+    dflash, reduced = config["dflash_config"], config.get("draft_vocab_size")
     lines = [
         f"# {title}",
         "",
@@ -233,7 +262,9 @@ def model_card(
         f"- {config['num_hidden_layers']} layers, width {config['hidden_size']}, K = "
         f"{config['block_size']}; reads target layers "
         f"{', '.join(map(str, dflash['target_layer_ids']))}; mask token {dflash['mask_token_id']}",
-        f"- weights in {config['dtype']}, {LAYOUTS[layout]}",
+        *([f"- drafts from {reduced} of {config['vocab_size']} tokens"] * (reduced is not None)),
+        f"- weights in {config['dtype']}, {LAYOUTS[layout]}"
+        f"{'' if reduced is None else ' but for the rows of these tokens'}",
         "",
     ]
     if settings:

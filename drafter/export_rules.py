@@ -48,6 +48,7 @@ class Said:
         target_layer_ids: 0-based decoder layers; whatever stands there where it is no list of ints.
         num_target_layers: None where it is not told.
         dtype: Name of the weights' dtype.
+        draft_vocab_size: R of a reduced draft vocabulary, None for the target's.
     """
 
     layers: Mapping[str, Any]
@@ -56,6 +57,7 @@ class Said:
     target_layer_ids: Any
     num_target_layers: Any
     dtype: Any
+    draft_vocab_size: Any = None
 
 
 def said_by(config: Mapping[str, Any]) -> Said:
@@ -90,13 +92,16 @@ def _from_zlab(config: Mapping[str, Any]) -> Said:
 
 def _from_speculators(config: Mapping[str, Any]) -> Said:
     ids = config.get("aux_hidden_state_layer_ids")
+    layers = _mapping(config.get("transformer_layer_config"))
+    kept, vocab_size = config.get("draft_vocab_size"), layers.get("vocab_size")
     return Said(
-        _mapping(config.get("transformer_layer_config")),
+        layers,
         told_block_size(config),
         config.get("mask_token_id"),
         [i - 1 for i in ids] if _is_ints(ids) else ids,
         config.get("num_target_layers"),
         _dtype(config),
+        kept if _is_int(kept) and _is_int(vocab_size) and 1 <= kept < vocab_size else None,
     )
 
 
@@ -123,6 +128,12 @@ def _zlab_rules(config: Mapping[str, Any]) -> list[Finding]:
             len(causal) < 2,
             f"they are {told[0]!r} and {told[1]!r}",
             "write what it was trained with into both",
+        ),
+        rule(
+            "it drafts from the target's whole vocabulary",
+            config.get("draft_vocab_size") in (None, config.get("vocab_size")),
+            f"draft_vocab_size is {config.get('draft_vocab_size')!r}",
+            "export it with --format speculators, which says from which tokens",
         ),
     ]
 
@@ -155,10 +166,12 @@ def _speculators_rules(config: Mapping[str, Any], said: Said) -> list[Finding]:
             "write the target's folder or hub name, or export with --verifier",
         ),
         rule(
-            "draft_vocab_size is the target's vocabulary",
-            config.get("draft_vocab_size") == vocab_size,
-            f"it is {config.get('draft_vocab_size')}, not {vocab_size}",
-            f"write {vocab_size}",
+            "draft_vocab_size is the target's vocabulary, or less",
+            _is_int(config.get("draft_vocab_size"))
+            and _is_int(vocab_size)
+            and 1 <= config["draft_vocab_size"] <= vocab_size,
+            f"it is {config.get('draft_vocab_size')}, of {vocab_size}",
+            f"write {vocab_size}, or the length of d2t",
         ),
         rule(
             "sample_from_anchor is false",

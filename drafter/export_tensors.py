@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import safe_open
 
 from drafter.borrowed import BORROWED, read_tensor
+from drafter.draft_vocabulary import from_maps
+from drafter.errors import UserError
 from drafter.export_rules import FILE_DTYPES, Finding, Said, rule
+from drafter.speculators_layout import D2T, T2D
 
 
 def expected_shapes(said: Said) -> dict[str, tuple[int, ...]]:
@@ -45,6 +49,9 @@ def expected_shapes(said: Said) -> dict[str, tuple[int, ...]]:
             if layers.get("attention_bias"):
                 own[f"self_attn.{name}.bias"] = shape[:1]
         shapes |= {f"layers.{i}.{name}": shape for name, shape in own.items()}
+    if said.draft_vocab_size is not None:
+        shapes["lm_head.weight"] = (said.draft_vocab_size, width)
+        shapes[D2T], shapes[T2D] = (said.draft_vocab_size,), (layers["vocab_size"],)
     return shapes
 
 
@@ -56,7 +63,10 @@ def tensor_rules(said: Said, files: Mapping[str, Path], speculators: bool) -> li
         files: Tensor to file.
         speculators: Older files of that layout hold the target's tensors; its loader replaces them.
     """
-    borrowed = sorted(name for name in files if name in BORROWED)
+    if D2T in files and speculators and said.draft_vocab_size is None:  # as many as there are
+        said = replace(said, draft_vocab_size=said.layers["vocab_size"])
+    shapes = expected_shapes(said)
+    borrowed = sorted(name for name in files if name in BORROWED and name not in shapes)
     own = {name: file for name, file in files.items() if name not in borrowed}
     findings = [
         rule(
@@ -68,14 +78,14 @@ def tensor_rules(said: Said, files: Mapping[str, Path], speculators: bool) -> li
     ]
     if speculators and borrowed:
         findings = [Finding(f"{', '.join(borrowed)}: read, then replaced by the target's")]
-    shapes = expected_shapes(said)
     missing, unknown = sorted(shapes.keys() - own.keys()), sorted(own.keys() - shapes.keys())
     wrong, dtypes, infinite = [], set(), []
     for name, file in own.items():
         with safe_open(file, "pt") as content:
             part = content.get_slice(name)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
-        dtypes.add(dtype)
+        if name not in (D2T, T2D):
+            dtypes.add(dtype)
         if name in shapes and shape != shapes[name]:
             wrong.append(f"{name} is {shape}, not {shapes[name]}")
         if dtype in FILE_DTYPES.values() and not bool(read_tensor(file, name).isfinite().all()):
@@ -93,4 +103,15 @@ def tensor_rules(said: Said, files: Mapping[str, Path], speculators: bool) -> li
             "write the file's dtype into config.json",
         ),
         rule("weights are finite", not infinite, f"{', '.join(infinite)} are not", anew),
+        *([_map_rule(said, own)] if D2T in shapes and {D2T, T2D} <= own.keys() else []),
     ]
+
+
+def _map_rule(said: Said, files: Mapping[str, Path]) -> Finding:
+    name = "d2t and t2d name the same tokens, each once"
+    d2t, t2d = (read_tensor(files[which], which) for which in (D2T, T2D))
+    try:
+        from_maps(d2t, t2d, said.draft_vocab_size, said.layers["vocab_size"], "the file")
+    except UserError as error:
+        return Finding(name, str(error).rstrip("."), "export it anew from the run")
+    return Finding(name)

@@ -162,9 +162,9 @@ class StepGraphs:
             )
             self._recorded[shape] = recording
         recording.take(batch)
-        correct, valid, *trained = _Replay.apply(recording, *self._parameters)
-        named = zip(trained_scores(recording.scores), trained, strict=True)
-        return BlockScores(correct=correct, valid=valid, **dict(named))
+        names = (*masks(recording.scores), *trained_scores(recording.scores))
+        found = _Replay.apply(recording, *self._parameters)
+        return BlockScores(**dict(zip(names, found, strict=True)))
 
 
 def _shape(batch: DraftBatch) -> Hashable:
@@ -172,6 +172,12 @@ def _shape(batch: DraftBatch) -> Hashable:
     assert states is not None
     missing = (batch.last_hidden is None, batch.soft_labels is None)
     return (states.shape, states.dtype, batch.anchors.shape, missing)
+
+
+def masks(scores: BlockScores) -> dict[str, Tensor]:
+    """Returns what a loss reads beside them, by name."""
+    named = {name: getattr(scores, name) for name in ("correct", "valid", "outside")}
+    return {name: mask for name, mask in named.items() if mask is not None}
 
 
 def trained_scores(scores: BlockScores) -> dict[str, Tensor]:
@@ -249,16 +255,17 @@ class _Replay(torch.autograd.Function):
         recording.ahead()
         ctx.recording = recording
         scores = recording.scores
-        correct, valid = scores.correct.clone(), scores.valid.clone()
-        ctx.mark_non_differentiable(correct, valid)
+        others = [mask.clone() for mask in masks(scores).values()]
+        ctx.mark_non_differentiable(*others)
         trained = [score.detach().clone() for score in trained_scores(scores).values()]
-        return correct, valid, *trained
+        return *others, *trained
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Any, __: Any, *upstream: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         recording: _Recording = ctx.recording
-        torch._foreach_copy_(recording.upstream, list(upstream))
+        trained = upstream[len(masks(recording.scores)) :]
+        torch._foreach_copy_(recording.upstream, list(trained))
         recording.back()
         # parameters keep their gradients beyond the next replay; copied here it is one launch
         return None, *torch._foreach_mul(recording.gradients, 1.0)

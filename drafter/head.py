@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drafter.blocks import Blocks
+from drafter.draft_vocabulary import ReducedHead
 from losses.scores import BlockScores
 
 if TYPE_CHECKING:
@@ -327,7 +328,7 @@ def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def score_blocks(
-    head: FrozenHead,
+    head: FrozenHead | ReducedHead,
     hidden_BAKD: Tensor,
     blocks: Blocks,
     num_slots: int | None = None,
@@ -340,11 +341,13 @@ def score_blocks(
     """Returns the scores of a batch's blocks; slot 0 and invalid slots never reach the head.
 
     Args:
-        head: The target's frozen head.
+        head: The target's frozen head, or its rows of a reduced draft vocabulary: q is then over
+            those, and a label outside has log q = -inf, is not correct, and is marked `outside`.
         hidden_BAKD: (B, A, K, D) drafter states.
         blocks: Of the same B rows and A anchors.
         num_slots: Valid slots, if known on the host: counting them on a GPU would wait for it.
-        soft: Of the B * S positions; a label's are those of the position before it.
+        soft: Of the B * S positions; a label's are those of the position before it. Made by the
+            same rows as q.
         target: Likewise.
         fixed_shape: Let the head see invalid slots too, for the same scores: no shape on the way
             then depends on which slots are valid, as CUDA graphs need it.
@@ -354,6 +357,14 @@ def score_blocks(
     flat_valid = valid_MN.flatten()
     drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
     labels_S = blocks.labels.flatten()
+    chunk_rows, outside_S = None, None
+    if isinstance(head, ReducedHead):
+        labels_S = head.draft_ids[labels_S]
+        outside_S = (labels_S < 0) & flat_valid
+        labels_S = labels_S.clamp(min=0)
+        # p is over all tokens
+        chunk_rows = None if target is None else head.chunk_rows(whole=True)
+        head = head.rows
     place_S = None
     if soft is not None:
         place_S = _before_labels(blocks, len(soft.entropy))
@@ -363,13 +374,14 @@ def score_blocks(
         if place_S is not None:
             soft, target = soft and soft.at(place_S), target and target.at(place_S)
         scores = score_slots(
-            head, drafted_SD, labels_S, soft=soft, target=target, compiled=compiled
+            head, drafted_SD, labels_S, chunk_rows, soft=soft, target=target, compiled=compiled
         )
 
         def masked(score_S: Tensor) -> Tensor:
             return torch.where(flat_valid, score_S, 0.0).view_as(valid_MN)
 
-        return BlockScores(
+        return _block_scores(
+            outside_S,
             log_prob=masked(scores.log_prob),
             correct=(scores.correct & flat_valid).view_as(valid_MN),
             valid=valid_MN,
@@ -386,6 +398,7 @@ def score_blocks(
         head,
         drafted_SD.index_select(0, index_T),  # not by indexing: its backward would sort the index
         labels_S[index_T],
+        chunk_rows,
         soft=soft,
         target=target,
         compiled=compiled,
@@ -395,12 +408,24 @@ def score_blocks(
         zeros_S = score_T.new_zeros(len(flat_valid))
         return zeros_S.index_copy(0, index_T, score_T).view_as(valid_MN)
 
-    return BlockScores(
+    return _block_scores(
+        outside_S,
         log_prob=spread(scores.log_prob),
         correct=spread(scores.correct),
         valid=valid_MN,
         **{name: spread(score_T) for name, score_T in scores.further.items()},
     )
+
+
+def _block_scores(
+    outside_S: Tensor | None, *, log_prob: Tensor, correct: Tensor, valid: Tensor, **further: Tensor
+) -> BlockScores:
+    """Returns scores (M, N) in which labels outside a reduced vocabulary are impossible."""
+    if outside_S is None:
+        return BlockScores(log_prob, correct, valid, **further)
+    outside = outside_S.view_as(valid)
+    log_prob = torch.where(outside, -torch.inf, log_prob)  # no gradient there
+    return BlockScores(log_prob, correct & ~outside, valid, outside=outside, **further)
 
 
 def _before_labels(blocks: Blocks, positions: int) -> Tensor:

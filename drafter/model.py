@@ -1,7 +1,7 @@
 """The block-diffusion drafter (DFlash, arXiv 2602.06036): one denoising step over blocks.
 
 Legend: B rows, S context tokens, A blocks per row, K block size, D hidden size, L tapped layers,
-H heads, G key/value heads, E head size.
+H heads, G key/value heads, E head size, R tokens of a reduced draft vocabulary.
 
 Training, replay and decoding run the same two functions: `encode_context` turns the target's
 features into keys and values (appending to those already there), `denoise` runs blocks over them.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from drafter.attention import FULL, Visibility, attend, last_block_visibility
 from drafter.config import DrafterConfig
+from drafter.draft_vocabulary import ReducedHead
+from drafter.errors import UserError
+from drafter.head import FrozenHead
 
 
 @dataclass
@@ -140,13 +143,15 @@ class Drafter(PreTrainedModel):
     """DFlash drafter without embedding and head: both are borrowed from the target.
 
     State-dict keys are those of the published layout (method.md, last section): `fc.weight`,
-    `hidden_norm.weight`, `norm.weight` and 11 per layer.
+    `hidden_norm.weight`, `norm.weight` and 11 per layer; with a reduced draft vocabulary also
+    `draft_tokens`, (R,) int64, the ascending token ids that it drafts from.
     """
 
     config_class = DrafterConfig
     config: DrafterConfig
     base_model_prefix = ""
     _no_split_modules = ["DraftLayer"]
+    draft_tokens: Tensor | None
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
@@ -156,7 +161,50 @@ class Drafter(PreTrainedModel):
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self._reduced: ReducedHead | None = None
+        self.register_buffer("draft_tokens", None)
+        if config.draft_vocab_size is not None:
+            self.reserve_vocabulary(config.draft_vocab_size)
         self.post_init()
+
+    def reserve_vocabulary(self, size: int) -> None:
+        """Makes room for the R tokens to draft from, which are not known yet (-1)."""
+        self.config.draft_vocab_size = size
+        self.draft_tokens = torch.full((size,), -1, device=self.fc.weight.device)
+        self._reduced = None
+
+    @property
+    def lacks_vocabulary(self) -> bool:
+        """Whether it drafts from some tokens and is not told yet from which."""
+        return self.draft_tokens is not None and int(self.draft_tokens[0]) < 0
+
+    def choose_vocabulary(self, kept: Tensor) -> None:
+        """Takes the R tokens to draft from, ascending ids."""
+        assert self.draft_tokens is not None
+        assert kept.shape == self.draft_tokens.shape
+        self.draft_tokens.copy_(kept)
+        self._reduced = None
+
+    def head(self, target_head: FrozenHead) -> FrozenHead | ReducedHead:
+        """Returns what turns its states into logits: the target's head, or its rows of R tokens.
+
+        These are copied once; a training step and all that decodes share the copy.
+
+        Raises:
+            UserError: The tokens are not known.
+        """
+        if self.draft_tokens is None:
+            return target_head
+        if self._reduced is None or self._reduced.whole is not target_head:
+            if self.lacks_vocabulary:
+                raise UserError(
+                    f"Which {len(self.draft_tokens)} tokens the drafter drafts from is not known: "
+                    "`fit` counts them and checkpoints keep them; give a checkpoint (--ckpt_path)."
+                )
+            # a callback may be the first to ask, and training goes on with what it got
+            with torch.inference_mode(False), torch.no_grad():
+                self._reduced = ReducedHead.of(target_head, self.draft_tokens)
+        return self._reduced
 
     def encode_context(
         self,
@@ -237,6 +285,7 @@ class Drafter(PreTrainedModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Drafter:
         """Moves and casts all but RoPE's frequencies, which stay fp32: in bf16 angles drift."""
+        self._reduced = None
         before = dict(self.rotary_emb.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -244,6 +293,10 @@ class Drafter(PreTrainedModel):
             if not (buffer.is_meta or device.type == "meta"):
                 setattr(self.rotary_emb, name, buffer.to(device))
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._reduced = None  # other tokens may come
+        super()._load_from_state_dict(*args)
 
     def _layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", list(self.layers))

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from drafter.attention import AttentionKind, build_visibilities
 from drafter.blocks import DraftBatch, LastHidden, build_blocks
 from drafter.config import DrafterConfig, check_block_size
+from drafter.draft_vocabulary import ReducedHead, check_draft_vocab_size, most_frequent
 from drafter.errors import UserError
 from drafter.evaluation.loading import check_fits, load_drafter
 from drafter.evaluation.prediction import Decoding, predict_prompt
 from drafter.evaluation.trajectories import EvalPrompt
 from drafter.graphs import StepGraphs
 from drafter.guard import NonFiniteGuard, OnNonFinite
-from drafter.head import score_blocks
+from drafter.head import FrozenHead, score_blocks
 from drafter.initialise import InitFromTarget, initialise_from_target
 from drafter.mask_token import choose_mask_token
 from drafter.model import Drafter
@@ -68,6 +69,10 @@ class DrafterModule(LightningModule):
         num_taps: Number of default taps, L.
         mask_token_id: Input at drafted slots; None chooses one the tokenizer reserves.
         intermediate_size: Width of the drafter's MLP; None for the target's.
+        draft_vocab_size: Draft from this many tokens only, those that are supervised most often in
+            the training rows (equal counts: lowest id), counted once before the first step and kept
+            in checkpoints. The head's products shrink by what is left out. A label outside is
+            wrong, never skipped (README, "A smaller draft vocabulary"). None drafts from all.
         init_from_target: Start the final norm (`norm`) or whole layers (`layers`) from the target.
         init_from: Start from a drafter's weights: a checkpoint, a run folder or a drafter's folder.
             Layers, widths, taps and mask token are that drafter's; steps, schedule and optimizer
@@ -106,6 +111,7 @@ class DrafterModule(LightningModule):
         num_taps: int = 5,
         mask_token_id: int | None = None,
         intermediate_size: int | None = None,
+        draft_vocab_size: int | None = None,
         init_from_target: InitFromTarget = "norm",
         init_from: str | None = None,
         optimizer: OptimizerKind = "adamw",
@@ -138,6 +144,7 @@ class DrafterModule(LightningModule):
                 "num_taps": num_taps,
                 "mask_token_id": mask_token_id,
                 "intermediate_size": intermediate_size,
+                "draft_vocab_size": draft_vocab_size,
                 "init_from_target": init_from_target,
                 "init_from": init_from,
                 "optimizer": optimizer,
@@ -175,7 +182,10 @@ class DrafterModule(LightningModule):
     # ------------------------------------------------------------------ construction
 
     def setup(self, stage: str) -> None:
-        """Takes the target from the datamodule and makes the drafter, unless a checkpoint has."""
+        """Takes the target from the datamodule and makes the drafter, unless a checkpoint has.
+
+        Chooses what a drafter with a reduced vocabulary drafts from, unless it is known.
+        """
         device = self.trainer.strategy.root_device
         if self.hparams.attention == "flex" and device.type != "cuda":
             raise UserError(
@@ -185,6 +195,8 @@ class DrafterModule(LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.attach(datamodule.target)
         assert self.drafter is not None
+        if stage == "fit" and self.continues is None and self.drafter.lacks_vocabulary:
+            self._choose_vocabulary(datamodule)
         if stage != "predict" and "kl" in self.loss.reads:
             check_linear(self.target.head)
         ours = self.drafter.config.block_size
@@ -194,6 +206,20 @@ class DrafterModule(LightningModule):
                 f"The data counts slots for blocks of {counted}, the drafter drafts {ours}; give "
                 "both the same block_size (train.py does so by itself)."
             )
+
+    def _choose_vocabulary(self, datamodule: Any) -> None:
+        """Takes the most frequent supervised tokens; all ranks see all rows, and choose alike."""
+        assert self.drafter is not None
+        size = self.drafter.config.draft_vocab_size
+        assert size is not None
+        counts_V = datamodule.train_rows.supervised_counts(self.target.vocab_size)
+        kept_R = most_frequent(counts_V, size)
+        self.drafter.choose_vocabulary(kept_R)
+        inside = counts_V[kept_R.numpy()].sum() / max(1, counts_V.sum())
+        rank_zero_info(
+            f"[draft_vocab_size] drafts from {size} of {self.target.vocab_size} tokens, which are "
+            f"{inside:.2%} of the supervised ones"
+        )
 
     def configure_model(self) -> None:
         """Shards the drafter if the strategy asks for it, and compiles it; once."""
@@ -240,6 +266,8 @@ class DrafterModule(LightningModule):
             initialise_from_target(self.drafter, target.final_norm, layers, how)
             target.let_go()
         config = self.drafter.config
+        if config.draft_vocab_size is not None:
+            check_draft_vocab_size(config.draft_vocab_size, target.vocab_size)
         ours = (config.hidden_size, config.num_target_layers)
         theirs = (target.hidden_size, target.num_layers)
         if ours != theirs:
@@ -273,6 +301,15 @@ class DrafterModule(LightningModule):
                 f"--model.init_from {path} reads target layers {list(config.target_layer_ids)}, "
                 f"--model.target_layer_ids says {list(asked)}; leave the latter out."
             )
+        size = self.hparams.draft_vocab_size
+        if size is not None and config.draft_vocab_size not in (None, size):
+            raise UserError(
+                f"--model.init_from {path} drafts from {config.draft_vocab_size} tokens, "
+                f"--model.draft_vocab_size says {size}; leave the latter out."
+            )
+        if size is not None and config.draft_vocab_size is None:
+            check_draft_vocab_size(size, target.vocab_size)
+            drafter.reserve_vocabulary(size)  # its weights are the same for any of them
         config.block_size = self.hparams.block_size
         rank_zero_info(
             f"[init_from] {path}: {config.num_hidden_layers} layers, target layers "
@@ -287,6 +324,8 @@ class DrafterModule(LightningModule):
         if chosen is None:
             chosen = default_layer_ids(target.num_layers, hparams.num_taps)
         check_layer_ids(chosen, target.num_layers)
+        if hparams.draft_vocab_size is not None:
+            check_draft_vocab_size(hparams.draft_vocab_size, target.vocab_size)
         return DrafterConfig.for_target(
             target.config,
             block_size=hparams.block_size,
@@ -296,6 +335,7 @@ class DrafterModule(LightningModule):
                 target.tokenizer, target.vocab_size, hparams.mask_token_id
             ),
             intermediate_size=hparams.intermediate_size,
+            draft_vocab_size=hparams.draft_vocab_size,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -342,9 +382,10 @@ class DrafterModule(LightningModule):
             return
         ours, theirs = self.drafter.config.to_dict(), saved.to_dict()
         ignored = ("dtype", "transformers_version", "_name_or_path")
-        different = [k for k in ours if ours[k] != theirs.get(k) and k not in ignored]
+        names = dict.fromkeys([*ours, "draft_vocab_size"])  # which is left out where it is None
+        different = [k for k in names if ours.get(k) != theirs.get(k) and k not in ignored]
         if different:
-            what = ", ".join(f"{k}: {theirs.get(k)} -> {ours[k]}" for k in different)
+            what = ", ".join(f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in different)
             raise UserError(
                 f"The checkpoint holds another drafter than the settings ask for ({what}); resume "
                 "with the checkpoint's settings, or start a new run."
@@ -361,11 +402,18 @@ class DrafterModule(LightningModule):
         assert self._target is not None, "attach() has not run"
         return self._target
 
+    @property
+    def head(self) -> FrozenHead | ReducedHead:
+        """The target's head as the drafter uses it."""
+        assert self.drafter is not None
+        return self.drafter.head(self.target.head)
+
     def feature_request(self) -> tuple[tuple[int, ...], LastHidden]:
         """Returns (tapped layer ids, what is needed of last_hidden) for the datamodule."""
         assert self.drafter is not None
         last: LastHidden = "soft_labels" if self.loss.needs_target else None
-        if self.loss.reads_whole:
+        # soft labels that are kept are over the whole vocabulary
+        if self.loss.reads_whole or (last and self.drafter.config.draft_vocab_size is not None):
             last = "states"
         return self.drafter.config.target_layer_ids, last
 
@@ -398,7 +446,7 @@ class DrafterModule(LightningModule):
             visibility,
         )
         return score_blocks(
-            self.target.head,
+            self.head,
             hidden_BAKD,
             blocks,
             batch.num_slots,
@@ -412,7 +460,9 @@ class DrafterModule(LightningModule):
         """Returns the target's distributions at all B * S positions, if a loss asks for them."""
         if "kl" not in self.loss.reads:
             return None
-        head = self.target.head
+        head = self.head
+        if isinstance(head, ReducedHead):  # p renormalised over the kept tokens
+            head = head.rows
         if batch.soft_labels is not None:
             return SoftLabels.unpacked(batch.soft_labels.flatten(0, 1), head)
         assert batch.last_hidden is not None
@@ -424,7 +474,9 @@ class DrafterModule(LightningModule):
             return None
         assert batch.last_hidden is not None
         states_PD = batch.last_hidden.flatten(0, 1)
-        return TargetStates(states_PD, self.loss.temperature, self.loss.reads_whole)
+        head = self.head
+        reduced = head if isinstance(head, ReducedHead) else None
+        return TargetStates(states_PD, self.loss.temperature, self.loss.reads_whole, reduced)
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Returns the loss, scaled so that the optimizer sees the single-process window's loss."""

@@ -85,13 +85,14 @@ def replay_slots(
     if response == 1:
         return _no_anchor(block_size)
     anchors_T, index_TN, valid_TN, labels_TN = _slots(input_ids, prompt_length, block_size)
+    own_head = drafter.head(head)
     drafts, chosen, sure = [], [], []
     chunks = _chunks(drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk)
     for hidden_CND, labels_CN in zip(chunks, labels_TN.split(anchors_per_chunk), strict=True):
         flat_states, flat_labels = hidden_CND.flatten(0, 1), labels_CN.flatten()
-        rows = head.chunk_rows()
+        rows = own_head.chunk_rows()
         for states, labels in zip(flat_states.split(rows), flat_labels.split(rows), strict=True):
-            logits = head.logits(states)
+            logits = own_head.logits(states)
             drafts.append(argmax(logits))
             if length is not None:
                 sure.append(confidence(logits))
@@ -162,12 +163,13 @@ def replay_trees(
     anchors_T, _, valid_TN, labels_TN = _slots(input_ids, prompt_length, block_size)
     wanted = [row[valid].tolist() for row, valid in zip(labels_TN, valid_TN, strict=True)]
     drafts, reached, nodes = [], list[int](), list[int]()
-    at_once = max(1, head.chunk_rows() // (block_size - 1))
+    own_head = drafter.head(head)
+    at_once = max(1, own_head.chunk_rows() // (block_size - 1))
     for hidden_CND in _chunks(
         drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk
     ):
         for states_GND in hidden_CND.split(at_once):
-            logits_GNV = head.logits(states_GND)
+            logits_GNV = own_head.logits(states_GND)
             drafts.append(argmax(logits_GNV))
             place, (count, slots) = len(reached), states_GND.shape[:2]
             trees = grow(search, logits_GNV, search.uniforms(seed, key, place, count, slots))
@@ -233,16 +235,17 @@ def replay_logits(
     """
     anchors_T = torch.arange(prompt_length, len(input_ids) - 1, device=input_ids.device)
     chunks = _chunks(drafter, embed, hidden_states, input_ids, anchors_T, anchors_per_chunk)
+    own_head = drafter.head(head)
     for number, hidden_CND in enumerate(chunks):
         place = anchor - number * anchors_per_chunk
         if place < len(hidden_CND):
             drafted = hidden_CND.shape[1]
             first, found = place * drafted, []
-            rows = head.chunk_rows()
+            rows = own_head.chunk_rows()
             for start, states in enumerate(hidden_CND.flatten(0, 1).split(rows)):
                 begin, end = start * rows, start * rows + len(states)
                 if begin < first + drafted and end > first:
-                    logits = head.logits(states)
+                    logits = own_head.logits(states)
                     found.append(logits[max(0, first - begin) : first + drafted - begin])
             return torch.cat(found)
     raise AssertionError("no block has its anchor there")

@@ -9,8 +9,10 @@ What its state dict holds and ours does not:
 * embedding, head and final norm of the verifier (our target). Its loader takes them from
   `speculators_config.verifier.name_or_path`, so that an export names the verifier and carries none
   of them. A file that has them is read without them, with a line; they must equal the target's.
-* `t2d` and `d2t`, maps to a smaller draft vocabulary. We draft from the target's whole vocabulary,
-  so that an export needs none; a file that has them is refused.
+* `t2d` (V,) bool and `d2t` (R,) int64, of a reduced draft vocabulary (`drafter.draft_vocabulary`):
+  which tokens are kept, and token id minus draft id. Such a file also has `lm_head.weight`, the R
+  rows of the verifier's head, which engines do not cut out of it themselves. A drafter of the whole
+  vocabulary has none of the three.
 
 Source: the library's public config and model classes (github.com/vllm-project/speculators).
 """
@@ -26,20 +28,25 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from drafter.borrowed import BORROWED, WEIGHTS, leave_out, read_tensor, tensor_files
 from drafter.config import DrafterConfig, check_supported
+from drafter.draft_vocabulary import from_maps, mask_of, offsets
 from drafter.errors import UserError
 from drafter.files import write_atomic
 from drafter.model import Drafter
 
 VERSION = "0.9.0"
 """Of the library whose form this is."""
+D2T, T2D = "d2t", "t2d"
+OUR_MAP = "draft_tokens"
 _NOT_OF_LAYERS = (
     "architectures",
     "block_size",
     "dflash_config",
     "is_causal",
+    "draft_vocab_size",
     "num_target_layers",
     "transformers_version",
 )
@@ -131,7 +138,7 @@ def speculators_config(
         "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
         "mask_token_id": config.mask_token_id,
         "block_size": config.block_size,
-        "draft_vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "target_hidden_size": None,  # the drafter's own
         "sample_from_anchor": False,
         "sliding_window_non_causal": any(
@@ -143,18 +150,29 @@ def speculators_config(
     }
 
 
-def write_speculators(drafter: Drafter, folder: Path, verifier: Mapping[str, Any]) -> None:
+def write_speculators(
+    drafter: Drafter,
+    folder: Path,
+    verifier: Mapping[str, Any],
+    head_rows: Tensor | None = None,
+) -> None:
     """Writes config.json and model.safetensors.
 
     Args:
         drafter: In the dtype that the file is to have.
         folder: Exists.
         verifier: From `verifier_of`.
+        head_rows: (R, D) the target's, of a reduced draft vocabulary.
     """
     dtype = str(drafter.dtype).removeprefix("torch.")
     said = speculators_config(drafter.config, dtype, verifier)
     write_atomic(folder / "config.json", json.dumps(said, indent=2, sort_keys=True) + "\n")
     state = {name: tensor.cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    kept = state.pop(OUR_MAP, None)
+    if kept is not None:
+        assert head_rows is not None
+        state[D2T], state[T2D] = offsets(kept), mask_of(kept, drafter.config.vocab_size)
+        state["lm_head.weight"] = head_rows.to(drafter.dtype).cpu().contiguous()
     save_file(state, folder / WEIGHTS, {"format": "pt"})
 
 
@@ -187,11 +205,9 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
             raise UserError(f"{where}: its config.json has no {key}; add it.")
     assert layers is not None
     vocab_size, width = layers.get("vocab_size"), layers.get("hidden_size")
-    if said.get("draft_vocab_size", vocab_size) != vocab_size:
-        raise UserError(
-            f"{where} drafts from {said['draft_vocab_size']} tokens of the target's {vocab_size} "
-            "(t2d, d2t); only drafters of the whole vocabulary can be read."
-        )
+    kept = said.get("draft_vocab_size") or vocab_size
+    if not 1 <= kept <= vocab_size:
+        raise UserError(f"{where} drafts from {kept} tokens of the target's {vocab_size}.")
     if said.get("target_hidden_size") not in (None, width):
         raise UserError(
             f"{where} is of width {width} for a target of width {said['target_hidden_size']}; only "
@@ -209,6 +225,8 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
         layers.pop(key, None)
     if said.get("sliding_window_non_causal"):  # of sliding layers; full ones are never causal
         layers["is_causal"] = False
+    # in a drafter of as many tokens as the target has, a map decides (`read_speculators`)
+    layers["draft_vocab_size"] = None if kept == vocab_size else int(kept)
     layers["block_size"] = int(needed["block_size"])
     layers["num_target_layers"] = said.get("num_target_layers") or _target_layers(said)
     layers["dflash_config"] = {"mask_token_id": needed["mask_token_id"], "target_layer_ids": ids}
@@ -226,18 +244,24 @@ def read_speculators(folder: Path, said: Mapping[str, Any]) -> tuple[Drafter, di
 
     Raises:
         UserError: See `drafter_config`; or a tensor is missing, unknown, of another shape, or is
-            said to be the target's and is not.
+            said to be the target's and is not; or maps that contradict the config or each other.
     """
     config = drafter_config(said, folder)
     files = tensor_files(folder)
     borrowed = {name: file for name, file in files.items() if name in BORROWED}
+    if D2T in files and config.draft_vocab_size is None:
+        config.draft_vocab_size = config.vocab_size
     drafter = Drafter(config)
     wanted = drafter.state_dict()
-    own = {name for name in files if name not in borrowed}
+    if wanted.pop(OUR_MAP, None) is not None:
+        wanted[D2T] = torch.empty(0)
+    # t2d says what d2t says
+    own = {name for name in files if name not in borrowed and (name != T2D or D2T not in files)}
     missing, unexpected = sorted(wanted.keys() - own), sorted(own - wanted.keys())
     if missing or unexpected:
         raise UserError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}.")
     state = {name: read_tensor(files[name], name) for name in wanted}
+    kept = _kept(config, state.pop(D2T, None), files, str(folder))
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(
@@ -246,11 +270,22 @@ def read_speculators(folder: Path, said: Mapping[str, Any]) -> tuple[Drafter, di
             )
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     drafter = drafter.to(widest)
-    drafter.load_state_dict(state)
+    drafter.load_state_dict(state if kept is None else {**state, OUR_MAP: kept})
     drafter.config.dtype = drafter.dtype
     if borrowed:
-        leave_out(folder, borrowed, verifier_name(said))
+        leave_out(folder, borrowed, verifier_name(said), kept)
     return drafter.eval(), borrowed
+
+
+def _kept(
+    config: DrafterConfig, d2t: Tensor | None, files: Mapping[str, Path], where: str
+) -> Tensor | None:
+    """Returns the tokens (R,) that a file's maps name, None for all."""
+    if d2t is None:
+        return None
+    assert config.draft_vocab_size is not None
+    t2d = read_tensor(files[T2D], T2D) if T2D in files else None
+    return from_maps(d2t, t2d, config.draft_vocab_size, config.vocab_size, where)
 
 
 def verifier_name(said: Mapping[str, Any]) -> str | None:

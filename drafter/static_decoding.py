@@ -141,7 +141,7 @@ class StaticDecoder:
             self._context,
             visibility,
         )
-        logits_BNV = self.target.head.logits(hidden_BAKD[:, 0, 1:])
+        logits_BNV = self.drafter.head(self.target.head).logits(hidden_BAKD[:, 0, 1:])
         self._draft_BN.copy_(argmax(logits_BNV))
 
     def verify(self) -> None:

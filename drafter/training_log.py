@@ -16,6 +16,7 @@ from losses.ratio import Ratio
 from losses.scores import BlockScores
 
 ACCEPTED_LENGTH = "accepted_length"
+OUTSIDE = "outside_draft_vocabulary"
 GRADIENT_PREFIX = "grad_norm/"
 
 
@@ -29,13 +30,16 @@ class WindowLog:
     def add(self, out: LossOutput, scores: BlockScores) -> None:
         """Adds a micro-batch's terms and the accepted length of its blocks.
 
-        The latter is an estimate from teacher-forced blocks: matching prefix plus the bonus,
-        averaged over blocks with a valid slot.
+        The length is an estimate from teacher-forced blocks: matching prefix plus the bonus,
+        averaged over blocks with a valid slot. With a reduced draft vocabulary the share of scored
+        labels that lie outside it is added too.
         """
         ratios = {name: ratio.detach() for name, ratio in out.terms.items()}
         lengths_M = prefix_match_lengths(scores.correct, scores.valid)
         blocks = scores.valid[:, 0].sum()
         ratios[ACCEPTED_LENGTH] = Ratio((lengths_M.sum() + blocks).float(), blocks.float())
+        if scores.outside is not None:
+            ratios[OUTSIDE] = Ratio(scores.outside.sum().float(), scores.valid.sum().float())
         for name, ratio in ratios.items():
             self._sums[name] = self._sums[name] + ratio if name in self._sums else ratio
 

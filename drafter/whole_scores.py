@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drafter.draft_vocabulary import ReducedHead
 from drafter.head import FrozenHead, cap_slope, weighted_rows
 
 
@@ -29,6 +30,9 @@ class TargetStates(NamedTuple):
     """tau, above 0: divides both models' logits."""
     names: tuple[str, ...]
     """Which of `losses.scores.WHOLE_SCORES` are wanted."""
+    reduced: ReducedHead | None = None
+    """Where q is over a reduced draft vocabulary. p is over all tokens, and scores sum over the
+    kept ones, for q is 0 elsewhere."""
 
     def at(self, where: Tensor | slice) -> TargetStates:
         """Returns those at positions (T,), or of a run of positions."""
@@ -40,11 +44,14 @@ class TargetStates(NamedTuple):
         """Returns each wanted score (C,) and, if asked for, its slope in the state (C, D).
 
         Args:
-            head: The target's frozen head.
+            head: The target's frozen head, or those of its rows that q is over.
             logits_CV: The drafter's of as many slots, in fp32 or fp64; left as they are.
             with_slope: Whether slopes are wanted.
         """
-        log_p_CV = _log_probs(head.logits(self.hidden), self.temperature)
+        whole = head if self.reduced is None else self.reduced.whole
+        log_p_CV = _log_probs(whole.logits(self.hidden), self.temperature)
+        if self.reduced is not None:
+            log_p_CV = log_p_CV.index_select(-1, self.reduced.kept)
         log_q_CV = _log_probs(logits_CV, self.temperature)
         return {
             name: self._score(name, head, logits_CV, log_p_CV, log_q_CV, with_slope)

@@ -19,6 +19,7 @@ class AcceptUntilFail(Term):
     """Mean of -log q_k(y_k) over the valid slots k <= j*, j* the first error; all if there is none.
 
     Which slot is j* is not differentiated. Source: arXiv 2607.01893; method.md, "Rival objectives".
+    A label outside a reduced draft vocabulary ends a block as any error does, and adds 0.
 
     Example:
         >>> log_prob = torch.tensor([[0.5, 0.25, 0.125]]).log()
@@ -33,7 +34,7 @@ class AcceptUntilFail(Term):
         first_MN = first_errors(scores)
         behind_MN = first_MN.cumsum(dim=1) - first_MN.long() > 0
         taught_MN = scores.valid & ~behind_MN
-        numerator = -torch.where(taught_MN, scores.log_prob, 0.0).sum()
+        numerator = -torch.where(taught_MN, scores.reachable_log_prob, 0.0).sum()
         return Ratio(numerator, taught_MN.sum().to(numerator.dtype))
 
     def window_denominator(self, counts_N: object) -> None:

@@ -24,6 +24,7 @@ class Chain(Term):
     N R is the expected match length of a draft sampled from q, so R is to be maximised: the total
     subtracts it. Its gradient, dR/dlog q_j = (1/N) sum_{k>=j} prod_{i<=k} q_i, is D-PACE's
     unsmoothed weights (arXiv 2605.18810) over N. Source: method.md, "The three interventions", 3.
+    Behind a label outside a reduced draft vocabulary, where q is 0, every product is exactly 0.
 
     Args:
         normalize: What a block's sum is divided by: `block` is N for partial blocks too (the

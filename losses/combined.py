@@ -243,7 +243,7 @@ class CombinedLoss:
             if weights[name] != 0
         }
         # schedules may silence every term for a while: the total is connected all the same
-        parts = list(contributions.values()) or [0.0 * scores.valid_log_prob.sum()]
+        parts = list(contributions.values()) or [0.0 * scores.reachable_log_prob.sum()]
         total = torch.stack(parts).sum()
         with torch.no_grad():
             uniform = PositionalCrossEntropy(math.inf)(scores)

@@ -27,6 +27,9 @@ class DPace(Term):
     follow. Unsmoothed its gradient is that of the chain term times -N.
     Source: arXiv 2605.18810; method.md, "Rival objectives".
 
+    A label outside a reduced draft vocabulary has q = 0, so q~ is the smoothing alone, and adds 0
+    to the sum.
+
     Args:
         smoothing: 0 to 1 (the paper's 0.5); at 1 the weight is the number of valid slots from j on.
         part: `both`, or an ablation of the paper: `prefix` alone, w_j = P_j, or `continuation`
@@ -55,15 +58,21 @@ class DPace(Term):
 
     def __call__(self, scores: BlockScores) -> Ratio:
         """Returns the weighted sum over valid slots, and how many blocks have one."""
-        numerator = -(self.weights(scores) * scores.valid_log_prob).sum()
+        numerator = -(self.weights(scores) * scores.reachable_log_prob).sum()
         return Ratio(numerator, scores.valid[:, 0].sum().to(numerator.dtype))
 
     @torch.no_grad()
     def weights(self, scores: BlockScores) -> Tensor:
         """Returns w (M, N), 0 at invalid slots."""
         # log space: products would underflow, and one is divided by another
-        floor = torch.full_like(scores.log_prob, _log(self.smoothing))
-        smooth_MN = torch.logaddexp(scores.log_prob + _log(1 - self.smoothing), floor)
+        log_prob = scores.log_prob
+        if (
+            scores.outside is not None
+        ):  # q = 0, so small that products vanish, and divide all the same
+            least = math.log(torch.finfo(log_prob.dtype).tiny)
+            log_prob = torch.where(scores.outside, least, log_prob)
+        floor = torch.full_like(log_prob, _log(self.smoothing))
+        smooth_MN = torch.logaddexp(log_prob + _log(1 - self.smoothing), floor)
         prefix_MN = torch.where(scores.valid, smooth_MN, 0.0).cumsum(dim=1)
         if self.part == "prefix":
             return torch.where(scores.valid, prefix_MN.exp(), 0.0)

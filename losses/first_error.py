@@ -28,6 +28,9 @@ class FirstErrorFocal(Term):
 
     Source: method.md, "The three interventions", 2. Which slot is j* is not differentiated.
 
+    A label outside a reduced draft vocabulary is an error that nothing mends: where it is the
+    first, the block is counted and adds 0, for no later error of it is ever reached.
+
     Args:
         modulation: g >= 0; multiplies by (1 - q_{j*})^g, differentiated as in focal loss
             (arXiv 1708.02002). 0 is plain cross-entropy.
@@ -53,12 +56,13 @@ class FirstErrorFocal(Term):
         """Returns the sum over first errors, and how many blocks have one."""
         first_MN = first_errors(scores)
         has_error_M = first_MN.any(dim=1)
-        log_prob_M = torch.where(first_MN, scores.log_prob, 0.0).sum(dim=1)
+        log_prob_M = torch.where(first_MN, scores.reachable_log_prob, 0.0).sum(dim=1)
         loss_M = -log_prob_M
         if self.modulation != 0:
-            # blocks without an error would have 1 - q = 0, whose power has no finite slope; at an
+            # blocks that teach nothing would have 1 - q = 0, whose power has no finite slope; at an
             # error q is at most 1/2, since another token has at least as much
-            safe_M = torch.where(has_error_M, log_prob_M, -1.0)
+            teaches_M = (first_MN & scores.reachable).any(dim=1)
+            safe_M = torch.where(teaches_M, log_prob_M, -1.0)
             loss_M = loss_M * (-torch.expm1(safe_M)).pow(self.modulation)
         if self.positional_gamma is not None:
             weights_N = positional_weights(self.positional_gamma, scores.log_prob)

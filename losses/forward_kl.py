@@ -20,7 +20,8 @@ class ForwardKL(PositionalMean):
     p_k is the target's distribution (temperature 1) of the token at slot k given the response's own
     tokens before it. Its gradient is that of cross-entropy with p_k for a label, so a slot teaches
     all tokens that the target thinks likely. Source: Hinton et al., arXiv 1503.02531; for drafters
-    DistillSpec, arXiv 2310.08461; positional weights as in `PositionalCrossEntropy`.
+    DistillSpec, arXiv 2310.08461; positional weights as in `PositionalCrossEntropy`. With a reduced
+    draft vocabulary, whose q cannot cover p, p_k is renormalised over the kept tokens.
 
     Args:
         gamma: Positions over which the weight falls by a factor of e; inf for uniform.

@@ -26,7 +26,8 @@ class Overlap(PositionalMean):
     or l KL(p || q) + (1 - l)(1 - a) with l = exp(-decay a) held fixed (`blend`): KL where the two
     hardly meet, since 1 - a has next to no gradient there. At a point mass p = 1[y] the overlap is
     q(y), and `log` is cross-entropy. Where a underflows, as it may at temperatures far below 1,
-    `log` has no gradient.
+    `log` has no gradient. With a reduced draft vocabulary the sum is over the kept tokens, and p
+    over all: what p has outside is never accepted. (The blend's KL is `ForwardKL`'s.)
     Source: arXiv 2602.23881; method.md, "Rival objectives".
 
     Args:

@@ -77,6 +77,10 @@ class PositionalCrossEntropy(PositionalMean):
 
     Source: method.md, "The three interventions", 1; gamma = 10 in the paper, DFlash 7 at K = 16.
 
+    A label outside a reduced draft vocabulary adds nothing to the numerator, where it would be
+    infinite, and its weight to the denominator: what is in reach is taught as hard as without it.
+    So the value falls as labels fall outside, and compares only between equal vocabularies.
+
     Args:
         gamma: Positions over which the weight falls by a factor of e; inf for uniform.
 
@@ -85,5 +89,5 @@ class PositionalCrossEntropy(PositionalMean):
     """
 
     def cost(self, scores: BlockScores) -> Tensor:
-        """Returns -log q(y) (M, N)."""
-        return -scores.valid_log_prob
+        """Returns -log q(y) (M, N); 0 where the label is out of reach."""
+        return -scores.reachable_log_prob

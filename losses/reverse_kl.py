@@ -18,7 +18,8 @@ from losses.scores import BlockScores
 class ReverseKL(PositionalMean):
     """L = sum w_k valid_k KL(q_k || p_k) / sum w_k valid_k, w_k = exp(-(k-1)/gamma).
 
-    Where `ForwardKL` spreads q over all that the target may write, this draws it to some of it.
+    Where `ForwardKL` spreads q over all that the target may write, this draws it to some of it. p_k
+    is over all tokens with a reduced draft vocabulary too; q_k, and so the sum, over the kept ones.
     Source: DistillSpec, arXiv 2310.08461; Gu et al., arXiv 2306.08543.
 
     Args:

@@ -28,7 +28,8 @@ class BlockScores:
     """What the frozen head says of every drafted slot; column 0 is the slot after the anchor.
 
     Args:
-        log_prob: (M, N) fp32 (fp64 for checks), log q_k(y_k) in nats; exactly 0 at invalid slots.
+        log_prob: (M, N) fp32 (fp64 for checks), log q_k(y_k) in nats; exactly 0 at invalid slots,
+            -inf at `outside` ones.
         correct: (M, N) bool, whether argmax q_k is y_k; means nothing at invalid slots.
         valid: (M, N) bool, whether the slot is scored. Cumulative: slot k is valid only if all
             slots before it are (method.md, "Anchors, labels, validity").
@@ -36,6 +37,11 @@ class BlockScores:
         kl: (M, N) like log_prob or None, KL(p_k || q_k) in nats.
         reverse_kl: (M, N) like log_prob or None, KL(q_k || p_k) in nats.
         confidence: (M, N) like log_prob or None, max_v q_k(v).
+        outside: (M, N) bool or None, whether the slot is valid and y_k outside a reduced draft
+            vocabulary: q_k(y_k) is 0 and no weight changes that. Such a slot is wrong, not
+            skipped: it is valid, counted in every denominator, never correct, a block's first
+            error if none is before it, and factor 0 of every product of q. Only -log q, which
+            would be infinite, leaves it out (`reachable_log_prob`).
 
     Raises:
         ValueError: Shapes or dtypes differ from the above, or `valid` has a gap. On a GPU a gap is
@@ -55,6 +61,7 @@ class BlockScores:
     kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     confidence: Tensor | None = None
+    outside: Tensor | None = None
 
     def __post_init__(self) -> None:
         log_prob = self.log_prob
@@ -74,6 +81,8 @@ class BlockScores:
             optional = getattr(self, name)
             if optional is not None:
                 self._check_like_log_prob(name, optional, log_prob.dtype)
+        if self.outside is not None:
+            self._check_like_log_prob("outside", self.outside, torch.bool)
         is_prefix = (self.valid[:, 1:] <= self.valid[:, :-1]).all()
         if self.valid.device.type == "cpu" and not torch.compiler.is_compiling():
             if not is_prefix:
@@ -90,8 +99,24 @@ class BlockScores:
 
     @property
     def valid_log_prob(self) -> Tensor:
-        """(M, N), log_prob with 0 at invalid slots, which get exactly no gradient."""
+        """(M, N), log_prob with 0 at invalid slots, which get exactly no gradient.
+
+        It may be -inf (`outside`): for products of q.
+        """
         return torch.where(self.valid, self.log_prob, 0.0)
+
+    @property
+    def reachable(self) -> Tensor:
+        """(M, N) bool, valid slots whose label is in the draft vocabulary."""
+        return self.valid if self.outside is None else self.valid & ~self.outside
+
+    @property
+    def reachable_log_prob(self) -> Tensor:
+        """(M, N), log_prob with 0, and exactly no gradient, at all but `reachable` slots.
+
+        For sums of log q.
+        """
+        return torch.where(self.reachable, self.log_prob, 0.0)
 
     def of_target(self, name: str) -> Tensor:
         """Returns one of `TARGET_SCORES` (M, N); invalid slots get exactly no gradient.

@@ -16,11 +16,16 @@ from losses import BlockScores
 
 
 def random_scores(
-    lengths: Sequence[int], num_slots: int, seed: int = 0, dtype: torch.dtype = torch.float64
+    lengths: Sequence[int],
+    num_slots: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    outside: float = 0.0,
 ) -> BlockScores:
     """Blocks with `lengths[m]` valid slots each; log_prob is a leaf that wants a gradient.
 
-    Half the slots are correct on average; a wrong slot has q <= 1/2, as under an argmax.
+    Half the slots are correct on average; a wrong slot has q <= 1/2, as under an argmax. A share
+    `outside` of the labels is outside a reduced draft vocabulary.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), num_slots)
@@ -29,7 +34,11 @@ def random_scores(
     correct = torch.rand(shape, generator=generator) < 0.5
     prob = torch.where(correct, prob, prob / 2)
     log_prob = torch.where(valid, prob.log(), 0.0).to(dtype)
-    return BlockScores(log_prob.requires_grad_(), correct, valid)
+    if not outside:
+        return BlockScores(log_prob.requires_grad_(), correct, valid)
+    out = (torch.rand(shape, generator=generator) < outside) & valid
+    log_prob = log_prob.masked_fill(out, -math.inf).requires_grad_()
+    return BlockScores(log_prob, correct & ~out, valid, outside=out)
 
 
 def weight(k: int, gamma: float) -> float:
@@ -44,7 +53,15 @@ def valid_positions(scores: BlockScores, m: int) -> list[int]:
 
 def nothing(scores: BlockScores) -> Tensor:
     """A connected zero, so that a sum over nothing still has a gradient."""
-    return torch.zeros((), dtype=torch.float64) * scores.log_prob.double().sum()
+    log_prob = scores.log_prob.double()
+    return torch.zeros((), dtype=torch.float64) * log_prob[log_prob.isfinite()].sum()
+
+
+def surprise(scores: BlockScores, m: int, k: int) -> Tensor:
+    """-log q_k(y_k) of block m; nothing where it is infinite, which no weight changes."""
+    if scores.outside is not None and bool(scores.outside[m, k - 1]):
+        return nothing(scores)
+    return -scores.log_prob[m, k - 1].double()
 
 
 def cross_entropy(scores: BlockScores, gamma: float) -> tuple[Tensor, float]:
@@ -52,7 +69,7 @@ def cross_entropy(scores: BlockScores, gamma: float) -> tuple[Tensor, float]:
     numerator, denominator = nothing(scores), 0.0
     for m in range(len(scores.valid)):
         for k in valid_positions(scores, m):
-            numerator = numerator + weight(k, gamma) * -scores.log_prob[m, k - 1].double()
+            numerator = numerator + weight(k, gamma) * surprise(scores, m, k)
             denominator += weight(k, gamma)
     return numerator, denominator
 
@@ -65,9 +82,10 @@ def focal(
     for m in range(len(scores.valid)):
         for k in valid_positions(scores, m):
             if not bool(scores.correct[m, k - 1]):
-                log_q = scores.log_prob[m, k - 1].double()
-                factor = (1 - log_q.exp()) ** modulation * weight(k, gamma)
-                numerator = numerator + factor * -log_q
+                loss = surprise(scores, m, k)
+                if loss != 0:
+                    loss = loss * (1 - (-loss).exp()) ** modulation
+                numerator = numerator + weight(k, gamma) * loss
                 denominator += 1
                 break
     return numerator, denominator
@@ -113,7 +131,7 @@ def dpace(scores: BlockScores, smoothing: float = 0.5, part: str = "both") -> tu
                 "prefix": before,
                 "continuation": sum(behind),
             }[part]
-            numerator = numerator + factor * -scores.log_prob[m, j - 1].double()
+            numerator = numerator + factor * surprise(scores, m, j)
         denominator += bool(positions)
     return numerator, denominator
 
@@ -123,7 +141,7 @@ def accept_until_fail(scores: BlockScores) -> tuple[Tensor, float]:
     numerator, denominator = nothing(scores), 0.0
     for m in range(len(scores.valid)):
         for k in valid_positions(scores, m):
-            numerator = numerator - scores.log_prob[m, k - 1].double()
+            numerator = numerator + surprise(scores, m, k)
             denominator += 1
             if not bool(scores.correct[m, k - 1]):
                 break

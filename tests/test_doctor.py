@@ -166,6 +166,18 @@ def test_a_healthy_drafter_has_no_fault():
     assert rate.share > 0.5  # there is something to lose
 
 
+def test_a_draft_vocabulary_that_misses_the_rows_is_named():
+    ids = np.concatenate([row.input_ids[row.supervised] for row in rows()])
+    common, uncommon = np.unique(ids), np.setdiff1d(np.arange(50), ids)
+    for kept, named in ((common, []), (uncommon, ["draft vocabulary"])):
+        drafter = said_config(trained())
+        drafter.reserve_vocabulary(len(kept))
+        drafter.choose_vocabulary(torch.from_numpy(kept))
+        found = list(doctor.examine(patient(drafter)))
+        assert "draft vocabulary" in [one.name for one in found]
+        assert [one.name for one in found if one.fault] == named, found
+
+
 def features(place):
     return target().features(*_row_and_documents(rows()[place]), TAPS).hidden_states[0]
 

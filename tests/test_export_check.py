@@ -106,6 +106,7 @@ FAULTS = {
     "zlab": [
         ({"architectures": ["Drafter"]}, "architectures is"),
         ({"model_type": "llama"}, "model_type is"),
+        ({"draft_vocab_size": 32}, "it drafts from"),
         ({"dflash_config.block_size": 16}, "block_size stands once"),
         ({"dflash_config.mask_token_id": 64}, "mask_token_id is a token"),
         ({"dflash_config.mask_token_id": None}, "mask_token_id is a token"),
@@ -121,7 +122,9 @@ FAULTS = {
         ({"aux_hidden_state_layer_ids": None}, "target layer ids"),
         ({"aux_hidden_state_layer_ids": [0, 4]}, "target layer ids"),
         ({"aux_hidden_state_layer_ids": [2, 6]}, "target layer ids"),
-        ({"draft_vocab_size": 32}, "draft_vocab_size"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size"),
+        ({"draft_vocab_size": 65}, "draft_vocab_size"),
+        ({"draft_vocab_size": 32}, "all tensors"),
         ({"sample_from_anchor": True}, "sample_from_anchor"),
         ({"speculators_config.algorithm": "eagle3"}, "speculators_config.algorithm"),
         ({"speculators_config.verifier.name_or_path": None}, "speculators_config.verifier"),

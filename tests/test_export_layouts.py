@@ -382,7 +382,8 @@ OF_LAYERS = {
     ("changes", "said"),
     [
         ({"speculators_model_type": "eagle3"}, "of type 'eagle3'"),
-        ({"draft_vocab_size": 128}, "drafts from 128 tokens of the target's 256"),
+        ({"draft_vocab_size": 257}, "drafts from 257 tokens of the target's 256"),
+        ({"draft_vocab_size": 128}, r"missing tensors \['d2t'\]"),
         ({"target_hidden_size": 64}, "for a target of width 64"),
         ({"sample_from_anchor": True}, "predicts a token at the anchor's slot"),
         ({"aux_hidden_state_layer_ids": [0, 3]}, "names 0, the embedding"),

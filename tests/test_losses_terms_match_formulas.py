@@ -15,6 +15,7 @@ from losses import (
     DPace,
     FirstErrorFocal,
     PositionalCrossEntropy,
+    Schedule,
 )
 from losses.positional import positional_weights
 from tests import losses_twins as twins
@@ -42,6 +43,10 @@ TERMS = {
         DPace(0.2, "continuation"),
         lambda s: twins.dpace(s, 0.2, "continuation"),
     ),
+    "dpace_continuation_unsmoothed": (
+        DPace(0.0, "continuation"),
+        lambda s: twins.dpace(s, 0.0, "continuation"),
+    ),
 }
 ALL_TERMS = pytest.mark.parametrize("name", TERMS)
 
@@ -63,6 +68,41 @@ def test_value_and_gradient_are_those_of_the_loop(name, seed, dtype):
         twins.gradient(twins.mean((numerator, denominator)), scores),
         **tolerance,
     )
+
+
+@ALL_TERMS
+@pytest.mark.parametrize("seed", range(3))
+def test_a_label_outside_a_reduced_vocabulary_is_wrong_and_never_skipped(name, seed):
+    """A20: it counts in every denominator, breaks every chain, and nothing is infinite."""
+    term, twin = TERMS[name]
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed, outside=0.4)
+    assert scores.outside.any()
+    ratio, (numerator, denominator) = term(scores), twin(scores)
+    exactly = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(ratio.numerator, numerator, **exactly)
+    assert float(ratio.denominator) == pytest.approx(denominator, rel=1e-12)
+    grad = twins.gradient(ratio.value, scores)
+    expected = twins.gradient(twins.mean((numerator, denominator)), scores)
+    torch.testing.assert_close(grad, expected, **exactly)
+    assert not grad[scores.outside].any()
+    # as many slots and blocks as without: nothing is left out but infinite surprise
+    all_inside = BlockScores(scores.log_prob, scores.correct, scores.valid)
+    assert term(all_inside).denominator == ratio.denominator
+
+
+def test_labels_outside_leave_the_total_finite_and_window_counts_as_they_are():
+    scores = twins.random_scores(LENGTHS, NUM_SLOTS, seed=9, outside=0.4)
+    for settings in ({}, {"focal_modulation": 0.5}, {"alpha_cross_entropy": 0.0}):
+        out = CombinedLoss(**settings)(scores, 0.0)
+        grad = twins.gradient(out.total, scores)
+        assert torch.isfinite(out.total)
+        assert torch.isfinite(grad).all()
+    torch.testing.assert_close(CombinedLoss()(scores, 0.0).total, twins.total(scores))
+    off = Schedule("warmup", begin=0.5)  # every term is off at first
+    silent = CombinedLoss(
+        alpha_cross_entropy=0.0, alpha_focal=1.0, alpha_chain=0.0, focal_schedule=off
+    )(scores, 0.0)
+    assert silent.total == 0
 
 
 # D-PACE's weights move with the probabilities, but are not differentiated

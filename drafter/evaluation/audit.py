@@ -334,7 +334,7 @@ class Auditor:
         block = target.embed(block_input_ids(anchor_id, config.block_size, config.mask_token_id))
         positions = at + torch.arange(config.block_size, device=device)
         hidden = drafter.denoise(block, positions.view(1, 1, -1), context)
-        return target.head.logits(hidden[0, 0, 1:])
+        return drafter.head(target.head).logits(hidden[0, 0, 1:])
 
     def _divergence(
         self,

@@ -210,7 +210,7 @@ class Examiner:
         slots = min(FIRST_SLOTS, convention.block_size - 1)
         for place, batch in enumerate(self.batches):
             hidden_AND = self.states(place, convention)[:, 1 : 1 + slots]
-            draft_AN = argmax(self.target.head.logits(hidden_AND))
+            draft_AN = argmax(self.drafter.head(self.target.head).logits(hidden_AND))
             offsets_N = torch.arange(1, 1 + slots, device=draft_AN.device)
             index_AN = batch.anchors[0][:, None] + offsets_N + convention.label_shift
             length = batch.input_ids.shape[1]

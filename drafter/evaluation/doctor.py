@@ -30,6 +30,8 @@ from drafter.target import Target
 
 ON_POLICY = 0.9
 """Share of the rows' tokens that should be the target's own argmax."""
+MOST_OUTSIDE = 0.1
+"""Of the rows' supervised tokens, outside a reduced draft vocabulary: one ends a draft of ten."""
 LEAD_TOKENS = 8
 """That a template may put between an assistant's header and its words (an empty thought)."""
 PROMPTS, NEW_TOKENS = 3, 48  # of the check of replay against the loop
@@ -121,6 +123,7 @@ def examine(patient: Patient) -> Iterator[Finding]:
         _head,
         _mask_token,
         _block_size,
+        _draft_vocabulary,
         _supervision,
         _template,
         _on_policy,
@@ -213,6 +216,26 @@ def _block_size(patient: Patient) -> Iterator[Finding]:
         if asked > trained
         else "it could draft more than it is asked for",
         f"leave --block-size out, or set block_size to {trained} in its config",
+    )
+
+
+def _draft_vocabulary(patient: Patient) -> Iterator[Finding]:
+    kept = patient.drafter.draft_tokens
+    if kept is None:
+        return
+    batches = patient.examiner.batches
+    ids = torch.cat([batch.input_ids[0][batch.supervised[0]] for batch in batches])
+    share = float((~torch.isin(ids, kept)).float().mean())
+    said = f"{share:.1%} of the rows' supervised tokens are not among the {len(kept)} drafted from"
+    if share <= MOST_OUTSIDE:
+        yield Finding("draft vocabulary", said)
+        return
+    yield Finding(
+        "draft vocabulary",
+        said,
+        "each of them ends a draft, whatever was learned: the tokens were counted on other rows, "
+        "or are too few",
+        "train with a larger --model.draft_vocab_size, on rows like these",
     )
 
 
@@ -358,7 +381,9 @@ def _parity(patient: Patient) -> Iterator[Finding]:
             engine = CachedTarget(patient.target, own.layer_ids)
             engine.prefill(ids[:-1])
             drawn = CachedDrafter(patient.drafter, patient.target, engine).draft(ids[-1])
-            trained = patient.target.head.logits(states[block, 1:])
+            trained = patient.drafter.head(patient.target.head).logits(states[block, 1:])
+            kept = trained.isfinite()  # -inf outside a reduced draft vocabulary, in both
+            drawn, trained = drawn[kept], trained[kept]
             error = float((drawn - trained).abs().max() / trained.abs().max())
             worst = max(worst, error)
     said = f"logits of a training step and of the loop differ by {worst:.1e} of the largest"

@@ -14,6 +14,7 @@ import torch
 from drafter.borrowed import check_borrowed
 from drafter.config import DrafterConfig, check_block_size, check_supported, refuse_dflash2
 from drafter.draft_length import DraftLength
+from drafter.draft_vocabulary import ReducedHead
 from drafter.errors import UserError
 from drafter.files import pieces
 from drafter.layer_ids import check_layer_ids
@@ -160,7 +161,19 @@ def _read_folder(folder: Path, path: str) -> LoadedDrafter:
 
 def _read_zlab(folder: Path) -> Drafter:
     drafter: Drafter
-    drafter, info = Drafter.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    said = json.loads((folder / "config.json").read_text())
+    changes: dict[str, Any] = {}
+    if "draft_vocab_size" in said:
+        if said["draft_vocab_size"] not in (None, said.get("vocab_size")):
+            raise UserError(
+                f"{folder} drafts from {said['draft_vocab_size']} tokens of the target's "
+                f"{said.get('vocab_size')}, and the z-lab layout does not say which; only the "
+                "speculators layout can be read with a reduced draft vocabulary."
+            )
+        changes["draft_vocab_size"] = None
+    drafter, info = Drafter.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, **changes
+    )
     config = drafter.config
     _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
     check_supported(config, folder)
@@ -242,9 +255,11 @@ def check_fits(loaded: LoadedDrafter, target: Target) -> None:
         )
     _check_scales(loaded, target)
     if loaded.borrowed:
+        head = loaded.drafter.head(target.head)
         theirs = {
             "embedding": target.embedding_weight,
-            "head": target.head.weight,
+            "head": (head.rows if isinstance(head, ReducedHead) else head).weight,
+            "whole head": target.head.weight,
             "final norm": getattr(target.final_norm, "weight", None),  # OLMo's has none
         }
         known = {what: weight for what, weight in theirs.items() if weight is not None}
