@@ -39,8 +39,9 @@ READ = (
     "hidden_states",
     "last_hidden",
     "soft_labels",
+    "visible",
 )
-"""Fields of a batch that scoring reads; the last two may be missing."""
+"""Fields of a batch that scoring reads; the last three may be missing."""
 
 
 class Recorder(Protocol):
@@ -170,7 +171,7 @@ class StepGraphs:
 def _shape(batch: DraftBatch) -> Hashable:
     states = batch.hidden_states
     assert states is not None
-    missing = (batch.last_hidden is None, batch.soft_labels is None)
+    missing = tuple(getattr(batch, name) is None for name in READ[-3:])
     return (states.shape, states.dtype, batch.anchors.shape, missing)
 
 

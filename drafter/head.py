@@ -354,12 +354,17 @@ def score_blocks(
     flat_valid = valid_MN.flatten()
     drafted_SD = hidden_BAKD[:, :, 1:].reshape(len(flat_valid), -1)
     labels_S = blocks.labels.flatten()
+    if blocks.slots is not None:
+        first_M1 = torch.arange(len(valid_MN), device=flat_valid.device).unsqueeze(-1)
+        state_S = (first_M1 * valid_MN.shape[1] + blocks.slots.flatten(0, 1)).flatten()
     place_S = None
     if soft is not None:
         place_S = _before_labels(blocks, len(soft.entropy))
     elif target is not None:
         place_S = _before_labels(blocks, len(target.hidden))
     if fixed_shape:
+        if blocks.slots is not None:
+            drafted_SD = drafted_SD.index_select(0, state_S)
         if place_S is not None:
             soft, target = soft and soft.at(place_S), target and target.at(place_S)
         scores = score_slots(
@@ -384,7 +389,8 @@ def score_blocks(
         soft, target = soft and soft.at(place_T), target and target.at(place_T)
     scores = score_slots(
         head,
-        drafted_SD.index_select(0, index_T),  # not by indexing: its backward would sort the index
+        # not by indexing: its backward would sort the index
+        drafted_SD.index_select(0, index_T if blocks.slots is None else state_S[index_T]),
         labels_S[index_T],
         soft=soft,
         target=target,
@@ -407,8 +413,10 @@ def _before_labels(blocks: Blocks, positions: int) -> Tensor:
     """Returns (B * A * N,) places, among B * S flattened positions, before each slot's label."""
     rows, _, drafted = blocks.labels.shape
     length = positions // rows
-    slots_N = torch.arange(drafted, device=blocks.anchors.device)
+    slots = blocks.slots
+    if slots is None:
+        slots = torch.arange(drafted, device=blocks.anchors.device)
     # the label of slot k = 1..N is the token at anchor + k; invalid slots are scored nowhere
-    place_BAN = (blocks.anchors.clamp(min=0).unsqueeze(-1) + slots_N).clamp(max=length - 1)
+    place_BAN = (blocks.anchors.clamp(min=0).unsqueeze(-1) + slots).clamp(max=length - 1)
     first_B11 = torch.arange(rows, device=place_BAN.device).view(-1, 1, 1) * length
     return (place_BAN + first_B11).flatten()
