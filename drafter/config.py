@@ -19,7 +19,8 @@ class DrafterConfig(Qwen3Config):
         block_size: K, tokens per block with the anchor slot; 2 to 64.
         num_target_layers: Decoder layers of the target that it was made for.
         dflash_config: `mask_token_id` and `target_layer_ids` (0-based decoder layers; id i is the
-            output of layer i), kept in one mapping as vLLM and SGLang read it.
+            output of layer i), kept in one mapping as vLLM and SGLang read it; and
+            `confidence_head`, true, of a drafter that has one.
     """
 
     block_size: int = 16
@@ -49,6 +50,17 @@ class DrafterConfig(Qwen3Config):
     def target_layer_ids(self) -> tuple[int, ...]:
         """The L tapped decoder layers of the target, in the order of the columns of `fc`."""
         return tuple(int(i) for i in self._dflash("target_layer_ids"))
+
+    @property
+    def confidence_head(self) -> bool:
+        """Whether the drafter has a `drafter.model.ConfidenceHead`."""
+        return bool((self.dflash_config or {}).get("confidence_head", False))
+
+    @confidence_head.setter
+    def confidence_head(self, has_one: bool) -> None:
+        dflash = {k: v for k, v in (self.dflash_config or {}).items() if k != "confidence_head"}
+        # without one, the config is what it was before there were any
+        self.dflash_config = {**dflash, "confidence_head": True} if has_one else dflash
 
     def _dflash(self, key: str) -> Any:
         if key not in (self.dflash_config or {}):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from drafter.blocks import DraftBatch
-from losses.scores import TARGET_SCORES, BlockScores
+from losses.scores import CONFIDENCE, TARGET_SCORES, BlockScores
 
 Forward = Callable[[DraftBatch], BlockScores]
 
@@ -177,7 +177,7 @@ def _shape(batch: DraftBatch) -> Hashable:
 
 def trained_scores(scores: BlockScores) -> dict[str, Tensor]:
     """Returns the scores that have a gradient, by name."""
-    named = {name: getattr(scores, name) for name in ("log_prob", *TARGET_SCORES)}
+    named = {name: getattr(scores, name) for name in ("log_prob", *TARGET_SCORES, CONFIDENCE)}
     return {name: score for name, score in named.items() if score is not None}
 
 

@@ -70,6 +70,11 @@ class FrozenHead:
         """V, the number of rows."""
         return self.weight.shape[0]
 
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Of logits and scores: fp32, or fp64 for an fp64 head."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
     def to(self, device: torch.device) -> FrozenHead:
         """Returns the head with its weights on a device; itself if they are there."""
         if self.weight.device == device:
@@ -182,8 +187,7 @@ def _score(
 
     Slopes are d log q(label) / d hidden (T, D), and the same of each further score.
     """
-    score_dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    log_prob_T = torch.empty(len(labels_T), dtype=score_dtype, device=hidden_TD.device)
+    log_prob_T = torch.empty(len(labels_T), dtype=head.score_dtype, device=hidden_TD.device)
     correct_T = torch.empty(len(labels_T), dtype=torch.bool, device=hidden_TD.device)
     further = {name: torch.empty_like(log_prob_T) for name in how.further}
     slopes = [torch.empty_like(hidden_TD) for _ in range(len(further) + 1) if with_slope]
@@ -334,6 +338,7 @@ def score_blocks(
     *,
     soft: SoftLabels | None = None,
     target: TargetStates | None = None,
+    confidence: Tensor | None = None,
     fixed_shape: bool = False,
     compiled: bool = False,
 ) -> BlockScores:
@@ -346,6 +351,7 @@ def score_blocks(
         num_slots: Valid slots, if known on the host: counting them on a GPU would wait for it.
         soft: Of the B * S positions; a label's are those of the position before it.
         target: Likewise.
+        confidence: (B, A, K) logits of the drafter's confidence head.
         fixed_shape: Let the head see invalid slots too, for the same scores: no shape on the way
             then depends on which slots are valid, as CUDA graphs need it.
         compiled: See `score_slots`.
@@ -357,6 +363,12 @@ def score_blocks(
     if blocks.slots is not None:
         first_M1 = torch.arange(len(valid_MN), device=flat_valid.device).unsqueeze(-1)
         state_S = (first_M1 * valid_MN.shape[1] + blocks.slots.flatten(0, 1)).flatten()
+    confidence_MN = None
+    if confidence is not None:
+        confidence_MN = confidence[:, :, 1:].flatten(0, 1)
+        if blocks.slots is not None:
+            confidence_MN = confidence_MN.gather(1, blocks.slots.flatten(0, 1))
+        confidence_MN = torch.where(valid_MN, confidence_MN, 0.0).to(head.score_dtype)
     place_S = None
     if soft is not None:
         place_S = _before_labels(blocks, len(soft.entropy))
@@ -378,6 +390,7 @@ def score_blocks(
             log_prob=masked(scores.log_prob),
             correct=(scores.correct & flat_valid).view_as(valid_MN),
             valid=valid_MN,
+            confidence=confidence_MN,
             **{name: masked(score_S) for name, score_S in scores.further.items()},
         )
     if num_slots is None:
@@ -405,6 +418,7 @@ def score_blocks(
         log_prob=spread(scores.log_prob),
         correct=spread(scores.correct),
         valid=valid_MN,
+        confidence=confidence_MN,
         **{name: spread(score_T) for name, score_T in scores.further.items()},
     )
 

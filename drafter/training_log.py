@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from drafter.metrics import prefix_match_lengths
 from losses.combined import LossOutput
+from losses.confidence import calibration
 from losses.ratio import Ratio
 from losses.scores import BlockScores
 
@@ -27,15 +28,16 @@ class WindowLog:
         self._gradients: dict[str, Tensor] = {}
 
     def add(self, out: LossOutput, scores: BlockScores) -> None:
-        """Adds a micro-batch's terms and the accepted length of its blocks.
+        """Adds a micro-batch's terms, the accepted length of its blocks, and `calibration`.
 
-        The latter is an estimate from teacher-forced blocks: matching prefix plus the bonus,
-        averaged over blocks with a valid slot.
+        The accepted length is an estimate from teacher-forced blocks: matching prefix plus the
+        bonus, averaged over blocks with a valid slot.
         """
         ratios = {name: ratio.detach() for name, ratio in out.terms.items()}
         lengths_M = prefix_match_lengths(scores.correct, scores.valid)
         blocks = scores.valid[:, 0].sum()
         ratios[ACCEPTED_LENGTH] = Ratio((lengths_M.sum() + blocks).float(), blocks.float())
+        ratios |= calibration(scores)
         for name, ratio in ratios.items():
             self._sums[name] = self._sums[name] + ratio if name in self._sums else ratio
 

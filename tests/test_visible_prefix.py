@@ -84,19 +84,22 @@ def test_scores_losses_and_gradients_are_those_of_the_hidden_slots(fixed_shape):
         "soft": {"soft": soft_labels(head, last)},
         "target": {"target": TargetStates(last, 1.0, ("overlap",))},
     }
+    said = torch.randn(rows, anchors, block_size, dtype=torch.float64)
     found = {
-        name: score_blocks(head, hidden, blocks, fixed_shape=fixed_shape, **what)
+        name: score_blocks(head, hidden, blocks, confidence=said, fixed_shape=fixed_shape, **what)
         for name, what in given.items()
     }
     shape = (rows * anchors, block_size - 1)
     log_prob, correct = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=bool)
     kl, overlap, valid = torch.zeros_like(log_prob), torch.zeros_like(log_prob), correct.clone()
+    confidence = torch.zeros_like(log_prob)
     predicted = torch.zeros(rows, anchors, block_size, dtype=torch.bool)
     for m, (b, anchor, _, slots) in enumerate(slots_by_definition(batch, block_size)):
         for column, k in enumerate(slots):
             state, label = hidden[b, m % anchors, k], batch.input_ids[b, anchor + k]
             log_q, top = dense_log_prob(head, state[None], label[None])
             log_prob[m, column], correct[m, column] = log_q[0], top[0] == label
+            confidence[m, column] = said[b, m % anchors, k]
             valid[m, column] = predicted[b, m % anchors, k] = True
             q = (state @ head.weight.T).log_softmax(-1)
             p = (last[b * length + anchor + k - 1] @ head.weight.T).log_softmax(-1)
@@ -106,6 +109,7 @@ def test_scores_losses_and_gradients_are_those_of_the_hidden_slots(fixed_shape):
         torch.testing.assert_close(scores.log_prob, log_prob)
         assert torch.equal(scores.correct, correct & valid)
         assert torch.equal(scores.valid, valid)
+        assert torch.equal(scores.confidence, confidence)
     torch.testing.assert_close(found["soft"].kl, kl)
     torch.testing.assert_close(found["target"].overlap, overlap)
     twin = BlockScores(log_prob, correct, valid)
