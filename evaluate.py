@@ -80,11 +80,14 @@ def run_calibrate(options: argparse.Namespace) -> None:
     output = Path(options.output)
     write_draft_length(rule, output, {**record, **where_and_when(target.device)})
     picture = output.with_suffix(".png")
-    write_atomic(picture, plot_calibration(rule, found))
+    write_atomic(picture, plot_calibration(rule, found, record["confidence"]))
     best = found.best
     if record["calibration_error"]:
         off = ", ".join(f"{how} {error:.3f}" for how, error in record["calibration_error"].items())
-        print(f"confidence is off by: {off} (on responses that it was not calibrated on)")
+        print(
+            f"confidence ({record['confidence']}) is off by: {off} (on responses that it was not "
+            "calibrated on)"
+        )
     gain = found.tokens_per_second[best] / found.tokens_per_second[0] - 1
     print(
         f"a slot takes {1e3 * record['costs']['slot']:.2f} ms to verify, a round "

@@ -19,10 +19,13 @@ from drafter.blocks import (
     PADDING_DOCUMENT,
     DraftBatch,
     Span,
+    VisiblePrefix,
     count_valid,
     sample_anchors,
 )
 from drafter.packing import pack, place
+
+NO_PREFIX = VisiblePrefix()
 
 
 class Row(Protocol):
@@ -59,6 +62,7 @@ class BatchDataset(Dataset[DraftBatch]):
             What is drawn and scored is the same.
         features: Where rows' features are read from, by place; None leaves them to others.
         last_hidden: Also read what the head reads.
+        visible_prefix: How many of their first slots blocks show.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class BatchDataset(Dataset[DraftBatch]):
         pack_length: int = 0,
         features: StoredFeatures | None = None,
         last_hidden: bool = False,
+        visible_prefix: VisiblePrefix = NO_PREFIX,
     ) -> None:
         self.rows = rows
         self.num_anchors = num_anchors
@@ -83,6 +88,7 @@ class BatchDataset(Dataset[DraftBatch]):
         self.pack_length = pack_length
         self.features = features
         self.last_hidden = last_hidden
+        self.visible_prefix = visible_prefix
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -103,6 +109,7 @@ class BatchDataset(Dataset[DraftBatch]):
         document_ids = np.full((count, length), PADDING_DOCUMENT, dtype=np.int64)
         positions = np.tile(np.arange(length), (count, 1))
         drawn: list[list[np.ndarray]] = [[] for _ in range(count)]
+        shown: list[list[np.ndarray]] = [[] for _ in range(count)]
         laid = sorted(zip(spans, items, rows, strict=True), key=lambda one: one[0])
         for (place_row, first, last), item, row in laid:
             input_ids[place_row, first:last] = row.input_ids
@@ -110,23 +117,27 @@ class BatchDataset(Dataset[DraftBatch]):
             document_ids[place_row, first:last] = document_ids[place_row].max() + 1
             positions[place_row, first:last] = np.arange(last - first)
             if item.scored:
-                own = sample_anchors(
-                    row.supervised,
-                    self.num_anchors,
-                    seed=self.seed,
-                    sample_id=row.sample_id,
-                    epoch=item.epoch if self.resample else 0,
-                )
-                drawn[place_row].append(own[own >= 0] + first)
+                epoch = item.epoch if self.resample else 0
+                key = {"seed": self.seed, "sample_id": row.sample_id, "epoch": epoch}
+                own = sample_anchors(row.supervised, self.num_anchors, **key)
+                own = own[own >= 0]
+                drawn[place_row].append(own + first)
+                if self.visible_prefix.share:
+                    supervised_S = np.asarray(row.supervised, dtype=bool)
+                    shown[place_row].append(
+                        self.visible_prefix.sample(supervised_S, own, self.block_size, **key)
+                    )
         batch = DraftBatch(
             input_ids=torch.from_numpy(input_ids),
             supervised=torch.from_numpy(supervised),
             document_ids=torch.from_numpy(document_ids),
             positions=torch.from_numpy(positions),
-            anchors=torch.from_numpy(self._anchors(drawn)),
+            anchors=torch.from_numpy(self._by_row(drawn, INVALID_ANCHOR)),
             sample_ids=torch.tensor([row.sample_id for row in rows]),
             spans=tuple(spans),
         )
+        if self.visible_prefix.share:
+            batch.visible = torch.from_numpy(self._by_row(shown, 0))
         if self.features is not None:
             places = [item.row for item in items]
             shape = (spans, count, length)
@@ -137,13 +148,13 @@ class BatchDataset(Dataset[DraftBatch]):
         batch.num_slots = int(batch.valid_counts.sum())
         return batch
 
-    def _anchors(self, drawn: list[list[np.ndarray]]) -> np.ndarray:
-        """Returns (B, A) of each row's anchors, padded; A is the fullest row's number of them."""
+    def _by_row(self, drawn: list[list[np.ndarray]], padding: int) -> np.ndarray:
+        """Returns (B, A) of each row's blocks, padded; A is the fullest row's number of them."""
         rows = [np.concatenate(own) if own else np.zeros(0, dtype=np.int64) for own in drawn]
         # an empty column is work for nothing, but a compiler likes few shapes
         step = 1 if self.pad_multiple == 1 else self.num_anchors
         columns = step * max(1, max(-(-len(own) // step) for own in rows))
-        anchors = np.full((len(rows), columns), INVALID_ANCHOR, dtype=np.int64)
+        out = np.full((len(rows), columns), padding, dtype=np.int64)
         for i, own in enumerate(rows):
-            anchors[i, : len(own)] = own
-        return anchors
+            out[i, : len(own)] = own
+        return out

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from data.batches import BatchDataset
+from data.batches import NO_PREFIX, BatchDataset
 from data.cache_format import MANIFEST, TRAIN, CachedRows
 from data.conversations import RowSet, load_rows
 from data.features import (
@@ -31,7 +31,7 @@ from data.prompt_sets import Prompt, load_prompts
 from data.sampler import DraftLoader, EpochBatches, Item, rank_and_world
 from data.sharing import KeptFeatures, load_target, shared_features
 from data.sources import check_names
-from drafter.blocks import DraftBatch, LastHidden
+from drafter.blocks import DraftBatch, LastHidden, VisiblePrefix
 from drafter.errors import UserError
 from drafter.packing import batches_by_length
 from drafter.ranks import sum_over_ranks
@@ -74,6 +74,7 @@ class OnlineHiddenStates(LightningDataModule):
         max_length: Longest row in tokens; longer ones are cut, and counted.
         block_size: K. The CLI links it to model.block_size.
         num_anchors: Draft blocks per row and epoch.
+        visible_prefix: Let training blocks show some of their first slots; none by default.
         batch_size: Rows per rank and micro-batch.
         val_batch_size: Rows per rank in validation; None for batch_size.
         num_workers: Loader processes.
@@ -112,6 +113,7 @@ class OnlineHiddenStates(LightningDataModule):
         max_length: int = 2048,
         block_size: int = 16,
         num_anchors: int = 48,
+        visible_prefix: VisiblePrefix = NO_PREFIX,
         batch_size: int = 8,
         val_batch_size: int | None = None,
         num_workers: int = 0,
@@ -142,6 +144,7 @@ class OnlineHiddenStates(LightningDataModule):
         self.max_length = max_length
         self.block_size = block_size
         self.num_anchors = num_anchors
+        self.visible_prefix = visible_prefix
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.num_workers = num_workers
@@ -443,6 +446,7 @@ class OnlineHiddenStates(LightningDataModule):
             resample=training,
             features=rows.rows if isinstance(rows.rows, CachedRows) else None,
             last_hidden=last_hidden,
+            visible_prefix=self.visible_prefix if training else NO_PREFIX,
         )
         if training:
             self._keep_all(dataset)

@@ -5,18 +5,22 @@ L tapped layers, D hidden size.
 
 The conventions of slot 0 and of offsets live here: slot k of a block sits at row index anchor + k
 and predicts the token there (same-position prediction, no shift); slot 0 is the anchor itself,
-never scored.
+never scored. Where training shows a block's first slots too (`VisiblePrefix`), what is scored is
+counted from the slot behind them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from drafter.errors import UserError
 
 INVALID_ANCHOR = -1
 PADDING_DOCUMENT = -1
@@ -45,6 +49,8 @@ class DraftBatch:
         document_ids: (B, S) int64, which document of the row a token belongs to; -1 at padding.
         positions: (B, S) int64, position within the document.
         anchors: (B, A) int64 row indices, ascending; -1 for an invalid block.
+        visible: (B, A) int64, how many of a block's first drafted slots show their true tokens; or
+            None, where none does.
         sample_ids: (P,) int64, each document's place in its source; P = B unless rows are packed.
             On the host wherever the rest is: only the host reads them.
         valid_counts: (N,) int64, valid slots of this batch at each drafted position.
@@ -66,6 +72,7 @@ class DraftBatch:
     hidden_states: Tensor | None = None
     last_hidden: Tensor | None = None
     soft_labels: Tensor | None = None
+    visible: Tensor | None = None
     num_slots: int | None = None
     """Valid slots of this batch, known on the host so that the step needs no device sync."""
     spans: tuple[Span, ...] | None = None
@@ -110,11 +117,14 @@ class Blocks:
 
     Attributes:
         anchors: (B, A) int64, -1 for an invalid block.
-        input_ids: (B, A, K) int64, the anchor token followed by mask tokens.
+        input_ids: (B, A, K) int64, the anchor token, visible tokens, and then mask tokens.
         labels: (B, A, N) int64, token at anchor + k for k = 1..N; 0 where not valid.
         valid: (B, A, N) bool, cumulative: slot k iff slots 1..k lie in the anchor's document and
             its supervised span.
         positions: (B, A, K) int64, position in the document, for RoPE.
+        slots: None where column k of `labels` and `valid` is slot k. Of a block that shows v slots
+            column k is slot v + k, and its last v columns are not valid: (B, A, N) int64 in 0..N-1,
+            the column that each would be if nothing were shown.
     """
 
     anchors: Tensor
@@ -122,6 +132,74 @@ class Blocks:
     labels: Tensor
     valid: Tensor
     positions: Tensor
+    slots: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VisiblePrefix:
+    """Lets training blocks show the true tokens of some of their first drafted slots.
+
+    What is shown is not predicted: a block that shows v slots is scored as one that begins behind
+    them, positional weights included, and so the drafter learns to go on from a draft of which a
+    part is known. The number of slots shown is v = 1, 2, ... with probability proportional to
+    base^v, up to the last but one of the block's valid slots. Inference and validation show none;
+    train/accepted_length counts from the first slot that is hidden.
+    Source: the variable-prefix drafter of D2SD (arXiv 2606.04446; base 0.9 in its public code). It
+    is a second drafter there, of which every block shows some. A single one must draft from the
+    anchor alone too, so that only a share of the blocks do [inferred].
+
+    Args:
+        share: Share of the blocks that show some slots, 0 to 1; 0 for none.
+        base: Above 0, at most 1; 1 makes all lengths alike.
+
+    Raises:
+        UserError: Out of these ranges.
+    """
+
+    share: float = 0.0
+    base: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise UserError(f"visible_prefix.share is {self.share}; give 0 to 1.")
+        if not 0 < self.base <= 1:
+            raise UserError(f"visible_prefix.base is {self.base}; give a number in (0, 1].")
+
+    def sample(
+        self,
+        supervised_S: np.ndarray,
+        anchors_A: np.ndarray,
+        block_size: int,
+        *,
+        seed: int,
+        sample_id: int,
+        epoch: int,
+    ) -> np.ndarray:
+        """Returns (A,) int64, how many drafted slots each block of one document shows.
+
+        A pure function of its arguments, as `sample_anchors` is, whose draws it leaves alone.
+
+        Args:
+            supervised_S: (S,) bool of the document.
+            anchors_A: (A,) int64 of it, without invalid ones.
+            block_size: K.
+            seed: The run's seed.
+            sample_id: The row's place in its source.
+            epoch: Training epoch.
+        """
+        key = np.random.SeedSequence((seed, sample_id, epoch), spawn_key=(1,))
+        draws_A2 = np.random.Generator(np.random.Philox(key)).random((len(anchors_A), 2))
+        ends = np.append(np.flatnonzero(~supervised_S), len(supervised_S))
+        slots_A = ends[np.searchsorted(ends, anchors_A + 1)] - anchors_A - 1
+        most_A = np.minimum(slots_A, block_size - 1) - 1
+        # the inverse of the cumulative distribution, between its steps
+        if self.base == 1:
+            place_A = draws_A2[:, 1] * most_A
+        else:
+            below_A = draws_A2[:, 1] * (1 - self.base**most_A)
+            place_A = np.log1p(-below_A) / math.log(self.base)
+        length_A = np.minimum(1 + np.floor(place_A).astype(np.int64), most_A)
+        return np.where(draws_A2[:, 0] < self.share, length_A, 0)
 
 
 def candidates(supervised_S: np.ndarray, document_ids_S: np.ndarray | None = None) -> np.ndarray:
@@ -190,12 +268,24 @@ def build_blocks(batch: DraftBatch, block_size: int, mask_token_id: int) -> Bloc
     valid_BAN = own_BAK[..., 1:].long().cumprod(-1).bool()
     anchor_tokens_BA = torch.where(is_block_BA1[..., 0], tokens_BAK[..., 0], mask_token_id)
     anchor_position_BA1 = at_slots(batch.positions)[..., :1]
+    input_ids_BAK = block_input_ids(anchor_tokens_BA, block_size, mask_token_id)
+    tokens_BAN, slots_BAN = tokens_BAK[..., 1:], None
+    if batch.visible is not None:
+        visible_BA1 = batch.visible.unsqueeze(-1)
+        shown_BAN = valid_BAN & (offsets_K[:-1] < visible_BA1)
+        shown_ids_BAN = torch.where(shown_BAN, tokens_BAN, input_ids_BAK[..., 1:])
+        input_ids_BAK = torch.cat((input_ids_BAK[..., :1], shown_ids_BAN), dim=-1)
+        moved_BAN = offsets_K[:-1] + visible_BA1
+        slots_BAN = moved_BAN.clamp(max=block_size - 2)
+        valid_BAN = valid_BAN.gather(-1, slots_BAN) & (moved_BAN < block_size - 1)
+        tokens_BAN = tokens_BAN.gather(-1, slots_BAN)
     return Blocks(
         anchors=anchors_BA,
-        input_ids=block_input_ids(anchor_tokens_BA, block_size, mask_token_id),
-        labels=torch.where(valid_BAN, tokens_BAK[..., 1:], 0),
+        input_ids=input_ids_BAK,
+        labels=torch.where(valid_BAN, tokens_BAN, 0),
         valid=valid_BAN,
         positions=anchor_position_BA1 + offsets_K,
+        slots=slots_BAN,
     )
 
 

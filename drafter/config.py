@@ -30,7 +30,8 @@ class DrafterConfig(Qwen3Config):
         draft_vocab_size: R, tokens that it drafts from (`drafter.draft_vocabulary`); None for all
             of the target's.
         dflash_config: `mask_token_id` and `target_layer_ids` (0-based decoder layers; id i is the
-            output of layer i), kept in one mapping as vLLM and SGLang read it.
+            output of layer i), kept in one mapping as vLLM and SGLang read it; and
+            `confidence_head`, true, of a drafter that has one.
         is_causal: Whether slots see no later slot of their block, in all layers; None for in
             sliding ones only. Also read from, and written to, `dflash_config.causal`.
     """
@@ -102,6 +103,17 @@ class DrafterConfig(Qwen3Config):
 
     def _told(self, key: str) -> Any:
         return (self.dflash_config or {}).get(key, getattr(self, key, None))
+
+    @property
+    def confidence_head(self) -> bool:
+        """Whether the drafter has a `drafter.model.ConfidenceHead`."""
+        return bool((self.dflash_config or {}).get("confidence_head", False))
+
+    @confidence_head.setter
+    def confidence_head(self, has_one: bool) -> None:
+        dflash = {k: v for k, v in (self.dflash_config or {}).items() if k != "confidence_head"}
+        # without one, the config is what it was before there were any
+        self.dflash_config = {**dflash, "confidence_head": True} if has_one else dflash
 
     def _dflash(self, key: str) -> Any:
         if key not in (self.dflash_config or {}):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from drafter.blocks import block_input_ids
-from drafter.draft_length import DraftLength
+from drafter.draft_length import DraftLength, confidence_of
 from drafter.model import DraftContext, Drafter
 from drafter.sampling import GREEDY, GeneratorSource, RandomSource, Sampling, argmax, warp
 from drafter.target import Target
@@ -312,8 +312,11 @@ class CachedDrafter:
         hidden = self._drafter.denoise(
             self._target.embed(block_ids), slots.view(1, 1, -1), self.context
         )
-        logits_NV = self._drafter.head(self._target.head).logits(hidden[0, 0, 1:])
-        return logits_NV if self._length is None else self._length.cut(logits_NV)
+        states_ND = hidden[0, 0, 1:]
+        logits_NV = self._drafter.head(self._target.head).logits(states_ND)
+        if self._length is None:
+            return logits_NV
+        return self._length.cut(logits_NV, confidence_of(self._drafter, states_ND, logits_NV))
 
 
 class Clock:

@@ -7,8 +7,11 @@ draft. It saves verification: the target runs one token less for each slot that 
 is worth it while its chance to be reached and accepted is above what its verification costs, in
 tokens: a threshold, where that cost is the same for every slot.
 
-The decision reads the marginals q_1..q_N of the block and never a token that was drawn from them:
-a draft is cut before it is drawn, so verification of what is left is exact as ever. (To cut at a
+How sure the drafter is of a slot its confidence head says (`drafter.model`), if it has one, and
+else its largest probability there, max_v q(v).
+
+The decision reads the block's states or marginals and never a token that was drawn from them: a
+draft is cut before it is drawn, so verification of what is left is exact as ever. (To cut at a
 token because of what was drawn there would favour the target's other tokens.)
 """
 
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from drafter.errors import UserError
 from drafter.files import write_atomic
+from drafter.model import Drafter
 
 FORMAT = 1
 CLASSES = 50
@@ -44,8 +48,8 @@ class DraftLength:
 
     Args:
         threshold: Least likelihood, 0 to 1; 0 keeps all slots.
-        bounds: Ascending upper ends of the classes of max_v q(v), the last of them at least 1; none
-            takes max_v q(v) as it is.
+        bounds: Ascending upper ends of the classes of confidence, the last of them at least 1; none
+            takes confidence as it is.
         rates: Share accepted in each class.
 
     Raises:
@@ -94,13 +98,14 @@ class DraftLength:
         return rates[torch.bucketize(confidence.double(), bounds)]
 
     def kept(self, confidence_TN: Tensor) -> Tensor:
-        """Returns how many slots (T,) are kept, of max_v q(v) (T, N)."""
+        """Returns how many slots (T,) are kept, of confidences (T, N)."""
         likely_TN = self.calibrated(confidence_TN).cumprod(-1)
         return (likely_TN >= self.threshold).to(torch.int64).cumprod(-1).sum(-1)
 
-    def cut(self, logits_NV: Tensor) -> Tensor:
-        """Returns the logits of the slots that are kept."""
-        return logits_NV[: int(self.kept(confidence(logits_NV)[None]))]
+    def cut(self, logits_NV: Tensor, confidence_N: Tensor | None = None) -> Tensor:
+        """Returns the logits of the slots that are kept; by their largest probabilities if None."""
+        sure_N = confidence(logits_NV) if confidence_N is None else confidence_N
+        return logits_NV[: int(self.kept(sure_N[None]))]
 
 
 @functools.lru_cache(maxsize=8)
@@ -116,6 +121,18 @@ def confidence(logits: Tensor) -> Tensor:
     """Returns max_v q(v) (...,) in fp32 of logits (..., V), at temperature 1."""
     logits = logits.float()
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def confidence_of(drafter: Drafter, states: Tensor, logits: Tensor) -> Tensor:
+    """Returns how sure a drafter is of slots (...,), from 0 to 1.
+
+    Args:
+        drafter: The unwrapped drafter.
+        states: (..., D) of the slots, as the target's head reads them.
+        logits: (..., V) made of them.
+    """
+    head = drafter.confidence_head
+    return confidence(logits) if head is None else head(states).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -158,7 +175,7 @@ def calibrate(
     """Returns bounds and rates of a non-falling step function (pool adjacent violators).
 
     Args:
-        confidences: max_v q(v) of slots that were reached.
+        confidences: Of slots that were reached.
         accepted: Whether each was accepted, or the probability.
         weights: Of each, 0 or more.
 
@@ -195,7 +212,7 @@ def calibration_error(rule: DraftLength, confidences: Tensor, accepted: Tensor, 
 
     Args:
         rule: Whose `calibrated` is looked at.
-        confidences: max_v q(v) of slots that were reached.
+        confidences: Of slots that were reached.
         accepted: Probability of each that it was accepted.
         w: Weight of each.
     """

@@ -128,6 +128,12 @@ def export(
     output = output.resolve()
     _check_replaceable(output)
     drafter = loaded.drafter.to(getattr(torch, dtype))
+    if drafter.confidence_head is not None:
+        drafter.set_confidence_head(False)
+        print(
+            f"{loaded.name}: its confidence head is left out, for engines refuse tensors that they "
+            "do not know; draft lengths are decided by it from the run or its checkpoint only."
+        )
     bad = [name for name, tensor in drafter.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise UserError(f"{loaded.name}: {', '.join(bad)} is not finite in {dtype}.")

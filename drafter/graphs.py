@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from drafter.blocks import DraftBatch
-from losses.scores import TARGET_SCORES, BlockScores
+from losses.scores import CONFIDENCE, TARGET_SCORES, BlockScores
 
 Forward = Callable[[DraftBatch], BlockScores]
 
@@ -39,8 +39,9 @@ READ = (
     "hidden_states",
     "last_hidden",
     "soft_labels",
+    "visible",
 )
-"""Fields of a batch that scoring reads; the last two may be missing."""
+"""Fields of a batch that scoring reads; the last three may be missing."""
 
 
 class Recorder(Protocol):
@@ -170,7 +171,7 @@ class StepGraphs:
 def _shape(batch: DraftBatch) -> Hashable:
     states = batch.hidden_states
     assert states is not None
-    missing = (batch.last_hidden is None, batch.soft_labels is None)
+    missing = tuple(getattr(batch, name) is None for name in READ[-3:])
     return (states.shape, states.dtype, batch.anchors.shape, missing)
 
 
@@ -182,7 +183,7 @@ def masks(scores: BlockScores) -> dict[str, Tensor]:
 
 def trained_scores(scores: BlockScores) -> dict[str, Tensor]:
     """Returns the scores that have a gradient, by name."""
-    named = {name: getattr(scores, name) for name in ("log_prob", *TARGET_SCORES)}
+    named = {name: getattr(scores, name) for name in ("log_prob", *TARGET_SCORES, CONFIDENCE)}
     return {name: score for name, score in named.items() if score is not None}
 
 

@@ -71,6 +71,11 @@ class FrozenHead:
         """V, the number of rows."""
         return self.weight.shape[0]
 
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Of logits and scores: fp32, or fp64 for an fp64 head."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
     def to(self, device: torch.device) -> FrozenHead:
         """Returns the head with its weights on a device; itself if they are there."""
         if self.weight.device == device:
@@ -183,8 +188,7 @@ def _score(
 
     Slopes are d log q(label) / d hidden (T, D), and the same of each further score.
     """
-    score_dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    log_prob_T = torch.empty(len(labels_T), dtype=score_dtype, device=hidden_TD.device)
+    log_prob_T = torch.empty(len(labels_T), dtype=head.score_dtype, device=hidden_TD.device)
     correct_T = torch.empty(len(labels_T), dtype=torch.bool, device=hidden_TD.device)
     further = {name: torch.empty_like(log_prob_T) for name in how.further}
     slopes = [torch.empty_like(hidden_TD) for _ in range(len(further) + 1) if with_slope]
@@ -335,6 +339,7 @@ def score_blocks(
     *,
     soft: SoftLabels | None = None,
     target: TargetStates | None = None,
+    confidence: Tensor | None = None,
     fixed_shape: bool = False,
     compiled: bool = False,
 ) -> BlockScores:
@@ -349,6 +354,7 @@ def score_blocks(
         soft: Of the B * S positions; a label's are those of the position before it. Made by the
             same rows as q.
         target: Likewise.
+        confidence: (B, A, K) logits of the drafter's confidence head.
         fixed_shape: Let the head see invalid slots too, for the same scores: no shape on the way
             then depends on which slots are valid, as CUDA graphs need it.
         compiled: See `score_slots`.
@@ -365,12 +371,23 @@ def score_blocks(
         # p is over all tokens
         chunk_rows = None if target is None else head.chunk_rows(whole=True)
         head = head.rows
+    if blocks.slots is not None:
+        first_M1 = torch.arange(len(valid_MN), device=flat_valid.device).unsqueeze(-1)
+        state_S = (first_M1 * valid_MN.shape[1] + blocks.slots.flatten(0, 1)).flatten()
+    confidence_MN = None
+    if confidence is not None:
+        confidence_MN = confidence[:, :, 1:].flatten(0, 1)
+        if blocks.slots is not None:
+            confidence_MN = confidence_MN.gather(1, blocks.slots.flatten(0, 1))
+        confidence_MN = torch.where(valid_MN, confidence_MN, 0.0).to(head.score_dtype)
     place_S = None
     if soft is not None:
         place_S = _before_labels(blocks, len(soft.entropy))
     elif target is not None:
         place_S = _before_labels(blocks, len(target.hidden))
     if fixed_shape:
+        if blocks.slots is not None:
+            drafted_SD = drafted_SD.index_select(0, state_S)
         if place_S is not None:
             soft, target = soft and soft.at(place_S), target and target.at(place_S)
         scores = score_slots(
@@ -385,6 +402,7 @@ def score_blocks(
             log_prob=masked(scores.log_prob),
             correct=(scores.correct & flat_valid).view_as(valid_MN),
             valid=valid_MN,
+            confidence=confidence_MN,
             **{name: masked(score_S) for name, score_S in scores.further.items()},
         )
     if num_slots is None:
@@ -396,7 +414,8 @@ def score_blocks(
         soft, target = soft and soft.at(place_T), target and target.at(place_T)
     scores = score_slots(
         head,
-        drafted_SD.index_select(0, index_T),  # not by indexing: its backward would sort the index
+        # not by indexing: its backward would sort the index
+        drafted_SD.index_select(0, index_T if blocks.slots is None else state_S[index_T]),
         labels_S[index_T],
         chunk_rows,
         soft=soft,
@@ -413,12 +432,18 @@ def score_blocks(
         log_prob=spread(scores.log_prob),
         correct=spread(scores.correct),
         valid=valid_MN,
+        confidence=confidence_MN,
         **{name: spread(score_T) for name, score_T in scores.further.items()},
     )
 
 
 def _block_scores(
-    outside_S: Tensor | None, *, log_prob: Tensor, correct: Tensor, valid: Tensor, **further: Tensor
+    outside_S: Tensor | None,
+    *,
+    log_prob: Tensor,
+    correct: Tensor,
+    valid: Tensor,
+    **further: Tensor | None,
 ) -> BlockScores:
     """Returns scores (M, N) in which labels outside a reduced vocabulary are impossible."""
     if outside_S is None:
@@ -432,8 +457,10 @@ def _before_labels(blocks: Blocks, positions: int) -> Tensor:
     """Returns (B * A * N,) places, among B * S flattened positions, before each slot's label."""
     rows, _, drafted = blocks.labels.shape
     length = positions // rows
-    slots_N = torch.arange(drafted, device=blocks.anchors.device)
+    slots = blocks.slots
+    if slots is None:
+        slots = torch.arange(drafted, device=blocks.anchors.device)
     # the label of slot k = 1..N is the token at anchor + k; invalid slots are scored nowhere
-    place_BAN = (blocks.anchors.clamp(min=0).unsqueeze(-1) + slots_N).clamp(max=length - 1)
+    place_BAN = (blocks.anchors.clamp(min=0).unsqueeze(-1) + slots).clamp(max=length - 1)
     first_B11 = torch.arange(rows, device=place_BAN.device).view(-1, 1, 1) * length
     return (place_BAN + first_B11).flatten()

@@ -136,7 +136,8 @@ def count_weights(config: DrafterConfig) -> tuple[int, int]:
     if config.attention_bias:
         vectors += query + 2 * kv + hidden
     layers = config.num_hidden_layers
-    return taps * hidden + layers * matrices, 2 * hidden + layers * vectors
+    once = 2 * hidden + (hidden + 1) * config.confidence_head
+    return taps * hidden + layers * matrices, once + layers * vectors
 
 
 def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:

@@ -139,12 +139,34 @@ class DraftLayer(nn.Module):
         return out_BQD
 
 
+class ConfidenceHead(nn.Module):
+    """Logit of the chance that a slot's draft is accepted, once all before it are: w . x + b.
+
+    It reads the state that the target's head reads, so it knows the block and no drawn token.
+    Starts at zero, that is at a chance of 1/2, and so draws nothing from the random generator.
+    Source: DSpark (arXiv 2607.05147), whose head is this linear map where it does without the
+    Markov head's features.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))  # a vector: no decay, and not Muon's
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns logits (...,) in fp32 (fp64 of fp64 states) of states (..., D)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            return hidden.to(dtype) @ self.weight.to(dtype) + self.bias.to(dtype)
+
+
 class Drafter(PreTrainedModel):
     """DFlash drafter without embedding and head: both are borrowed from the target.
 
     State-dict keys are those of the published layout (method.md, last section): `fc.weight`,
     `hidden_norm.weight`, `norm.weight` and 11 per layer; with a reduced draft vocabulary also
-    `draft_tokens`, (R,) int64, the ascending token ids that it drafts from.
+    `draft_tokens`, (R,) int64, the ascending token ids that it drafts from;
+    with a confidence head, two more.
     """
 
     config_class = DrafterConfig
@@ -165,6 +187,7 @@ class Drafter(PreTrainedModel):
         self.register_buffer("draft_tokens", None)
         if config.draft_vocab_size is not None:
             self.reserve_vocabulary(config.draft_vocab_size)
+        self.confidence_head = ConfidenceHead(width) if config.confidence_head else None
         self.post_init()
 
     def reserve_vocabulary(self, size: int) -> None:
@@ -205,6 +228,13 @@ class Drafter(PreTrainedModel):
             with torch.inference_mode(False), torch.no_grad():
                 self._reduced = ReducedHead.of(target_head, self.draft_tokens)
         return self._reduced
+
+    def set_confidence_head(self, has_one: bool) -> None:
+        """Gives the drafter a new confidence head, leaves the one that it has, or drops it."""
+        if has_one != (self.confidence_head is not None):
+            new = ConfidenceHead(self.config.hidden_size).to(self.fc.weight.device)
+            self.confidence_head = new.to(self.fc.weight.dtype) if has_one else None
+        self.config.confidence_head = has_one
 
     def encode_context(
         self,

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -50,6 +50,8 @@ from losses.scores import BlockScores
 CHECKPOINT_KEY = "drafter_config"
 
 
+ConfidenceGradient = Literal["none", "attached", "detached"]
+
 DEFAULT_LOSS = CombinedLoss()
 DEFAULT_DECODING = Decoding()
 
@@ -73,6 +75,11 @@ class DrafterModule(LightningModule):
             the training rows (equal counts: lowest id), counted once before the first step and kept
             in checkpoints. The head's products shrink by what is left out. A label outside is
             wrong, never skipped (README, "A smaller draft vocabulary"). None drafts from all.
+        confidence_head: Give the drafter a head that says how likely each slot is to be accepted,
+            which decides draft lengths (`evaluate.py calibrate`); a `losses.Confidence` among
+            loss.extra trains it. Its gradient reaches the drafter too (`attached`, as in DSpark),
+            or the head alone (`detached`: the drafter trains as without one, but for the clip of
+            the gradient's norm, which counts both).
         init_from_target: Start the final norm (`norm`) or whole layers (`layers`) from the target.
         init_from: Start from a drafter's weights: a checkpoint, a run folder or a drafter's folder.
             Layers, widths, taps and mask token are that drafter's; steps, schedule and optimizer
@@ -112,6 +119,7 @@ class DrafterModule(LightningModule):
         mask_token_id: int | None = None,
         intermediate_size: int | None = None,
         draft_vocab_size: int | None = None,
+        confidence_head: ConfidenceGradient = "none",
         init_from_target: InitFromTarget = "norm",
         init_from: str | None = None,
         optimizer: OptimizerKind = "adamw",
@@ -161,6 +169,8 @@ class DrafterModule(LightningModule):
                 "compile_drafter": compile_drafter,
                 "cuda_graphs": cuda_graphs,
                 "log_gradient_norms_every": log_gradient_norms_every,
+                # checkpoints of drafters without one stay what they were
+                **({"confidence_head": confidence_head} if confidence_head != "none" else {}),
             },
             logger=False,
         )
@@ -169,6 +179,7 @@ class DrafterModule(LightningModule):
         self.continues: str | None = None
         """A checkpoint about to be loaded: it has what `init_from` gave, which may be gone."""
         self.decoding = decoding
+        self.confidence_head = confidence_head
         self.drafter: Drafter | None = None
         self._target: Target | None = None
         self._predicting: tuple[Drafter] | None = None
@@ -199,6 +210,7 @@ class DrafterModule(LightningModule):
             self._choose_vocabulary(datamodule)
         if stage != "predict" and "kl" in self.loss.reads:
             check_linear(self.target.head)
+        self._check_confidence_head(stage)
         ours = self.drafter.config.block_size
         counted = getattr(datamodule, "block_size", ours)
         if stage != "predict" and counted != ours:
@@ -220,6 +232,22 @@ class DrafterModule(LightningModule):
             f"[draft_vocab_size] drafts from {size} of {self.target.vocab_size} tokens, which are "
             f"{inside:.2%} of the supervised ones"
         )
+
+    def _check_confidence_head(self, stage: str) -> None:
+        """Raises UserError where a head is to be trained that is not there, or is there in vain."""
+        assert self.drafter is not None
+        has_head, trained = self.drafter.confidence_head is not None, self.loss.reads_confidence
+        if stage != "predict" and trained and not has_head:
+            raise UserError(
+                "The loss trains a confidence head, and the drafter has none; set "
+                "--model.confidence_head attached (or detached), or leave that term out."
+            )
+        if stage == "fit" and has_head and not trained:
+            raise UserError(
+                "No term of the loss trains the drafter's confidence head; add a losses.Confidence "
+                "to --model.loss.extra (see configs/rivals/dspark.yaml), or set "
+                "--model.confidence_head none."
+            )
 
     def configure_model(self) -> None:
         """Shards the drafter if the strategy asks for it, and compiles it; once."""
@@ -311,6 +339,11 @@ class DrafterModule(LightningModule):
             check_draft_vocab_size(size, target.vocab_size)
             drafter.reserve_vocabulary(size)  # its weights are the same for any of them
         config.block_size = self.hparams.block_size
+        had, wanted = config.confidence_head, self.confidence_head != "none"
+        if had != wanted and fitting:
+            drafter.set_confidence_head(wanted)
+            what = "a new confidence head" if wanted else "its confidence head is left out"
+            rank_zero_info(f"[init_from] {path}: {what} (--model.confidence_head)")
         rank_zero_info(
             f"[init_from] {path}: {config.num_hidden_layers} layers, target layers "
             f"{list(config.target_layer_ids)}, mask token {config.mask_token_id}, as it has them; "
@@ -326,7 +359,7 @@ class DrafterModule(LightningModule):
         check_layer_ids(chosen, target.num_layers)
         if hparams.draft_vocab_size is not None:
             check_draft_vocab_size(hparams.draft_vocab_size, target.vocab_size)
-        return DrafterConfig.for_target(
+        config = DrafterConfig.for_target(
             target.config,
             block_size=hparams.block_size,
             num_layers=hparams.num_layers,
@@ -337,6 +370,8 @@ class DrafterModule(LightningModule):
             intermediate_size=hparams.intermediate_size,
             draft_vocab_size=hparams.draft_vocab_size,
         )
+        config.confidence_head = self.confidence_head != "none"
+        return config
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the drafter's config and what target it belongs to, as plain values."""
@@ -445,6 +480,10 @@ class DrafterModule(LightningModule):
             blocks.positions,
             visibility,
         )
+        confidence_BAK = None
+        if self.drafter.confidence_head is not None:
+            states = hidden_BAKD.detach() if self.confidence_head == "detached" else hidden_BAKD
+            confidence_BAK = self.drafter.confidence_head(states)
         return score_blocks(
             self.head,
             hidden_BAKD,
@@ -452,6 +491,7 @@ class DrafterModule(LightningModule):
             batch.num_slots,
             soft=self._soft_labels(batch),
             target=self._target_states(batch),
+            confidence=confidence_BAK,
             fixed_shape=fixed_shape,
             compiled=self.hparams.compile_drafter,
         )

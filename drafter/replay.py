@@ -22,7 +22,7 @@ from torch import Tensor
 
 from drafter.attention import build_visibilities
 from drafter.blocks import block_input_ids
-from drafter.draft_length import DraftLength, confidence
+from drafter.draft_length import DraftLength, confidence_of
 from drafter.errors import UserError
 from drafter.head import FrozenHead
 from drafter.model import Drafter
@@ -95,7 +95,7 @@ def replay_slots(
             logits = own_head.logits(states)
             drafts.append(argmax(logits))
             if length is not None:
-                sure.append(confidence(logits))
+                sure.append(confidence_of(drafter, states, logits))
             if not sampling.greedy:
                 q = warp(logits, sampling)
                 chosen.append(q.gather(-1, labels[:, None]).squeeze(-1).double())

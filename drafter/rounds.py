@@ -33,7 +33,7 @@ class SlotResults:
             the trajectory is not quite this target's. There min(1, q/p) is 1 if q > 0, else 0.
         reached: (T,) int64, tokens of each anchor's tree of drafts that were accepted, and
         nodes: (T,) int64, nodes of it within the response; None where there is one draft.
-        confidence: (T, N) fp64, max_v q(v), where draft lengths are chosen; None elsewhere.
+        confidence: (T, N) fp64, how sure the drafter is, where draft lengths are chosen; else None.
     """
 
     drafts: np.ndarray

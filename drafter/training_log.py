@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from drafter.metrics import prefix_match_lengths
 from losses.combined import LossOutput
+from losses.confidence import calibration
 from losses.ratio import Ratio
 from losses.scores import BlockScores
 
@@ -28,11 +29,11 @@ class WindowLog:
         self._gradients: dict[str, Tensor] = {}
 
     def add(self, out: LossOutput, scores: BlockScores) -> None:
-        """Adds a micro-batch's terms and the accepted length of its blocks.
+        """Adds a micro-batch's terms, the accepted length of its blocks, and `calibration`.
 
-        The length is an estimate from teacher-forced blocks: matching prefix plus the bonus,
-        averaged over blocks with a valid slot. With a reduced draft vocabulary the share of scored
-        labels that lie outside it is added too.
+        The accepted length is an estimate from teacher-forced blocks: matching prefix plus the
+        bonus, averaged over blocks with a valid slot. With a reduced draft vocabulary the share of
+        scored labels that lie outside it is added, too.
         """
         ratios = {name: ratio.detach() for name, ratio in out.terms.items()}
         lengths_M = prefix_match_lengths(scores.correct, scores.valid)
@@ -40,6 +41,7 @@ class WindowLog:
         ratios[ACCEPTED_LENGTH] = Ratio((lengths_M.sum() + blocks).float(), blocks.float())
         if scores.outside is not None:
             ratios[OUTSIDE] = Ratio(scores.outside.sum().float(), scores.valid.sum().float())
+        ratios |= calibration(scores)
         for name, ratio in ratios.items():
             self._sums[name] = self._sums[name] + ratio if name in self._sums else ratio
 

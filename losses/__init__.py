@@ -8,6 +8,7 @@ here reads a tensor's value on the host, except the prefix check of `BlockScores
 from losses.accept_until_fail import AcceptUntilFail
 from losses.chain import Chain
 from losses.combined import CombinedLoss, LossOutput, WeightedTerm
+from losses.confidence import Confidence
 from losses.dpace import DPace
 from losses.first_error import FirstErrorFocal
 from losses.forward_kl import ForwardKL
@@ -23,6 +24,7 @@ __all__ = [
     "BlockScores",
     "Chain",
     "CombinedLoss",
+    "Confidence",
     "DPace",
     "FirstErrorFocal",
     "ForwardKL",

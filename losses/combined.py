@@ -20,7 +20,7 @@ from losses.forward_kl import ForwardKL
 from losses.positional import PositionalCrossEntropy
 from losses.ratio import Ratio, Term
 from losses.schedule import Schedule
-from losses.scores import TARGET_SCORES, WHOLE_SCORES, BlockScores
+from losses.scores import CONFIDENCE, TARGET_SCORES, WHOLE_SCORES, BlockScores
 
 CROSS_ENTROPY = "cross_entropy"
 CROSS_ENTROPY_UNIFORM = "cross_entropy_uniform"
@@ -179,6 +179,11 @@ class CombinedLoss:
         return tuple(name for name in TARGET_SCORES if name in read)
 
     @property
+    def reads_confidence(self) -> bool:
+        """Whether a term reads what the drafter's confidence head says."""
+        return any(CONFIDENCE in term.reads for term in self.terms.values())
+
+    @property
     def needs_target(self) -> bool:
         """Whether a term reads the target's distribution."""
         return bool(self.reads)
@@ -244,6 +249,8 @@ class CombinedLoss:
         }
         # schedules may silence every term for a while: the total is connected all the same
         parts = list(contributions.values()) or [0.0 * scores.reachable_log_prob.sum()]
+        if scores.confidence is not None:
+            parts.append(0.0 * scores.confidence.sum())  # so is the head
         total = torch.stack(parts).sum()
         with torch.no_grad():
             uniform = PositionalCrossEntropy(math.inf)(scores)

@@ -51,7 +51,7 @@ class Term(ABC):
 
     @property
     def reads(self) -> frozenset[str]:
-        """Which of `TARGET_SCORES` it reads; none if labels are enough."""
+        """Which of `TARGET_SCORES` and `CONFIDENCE` it reads; none if labels are enough."""
         return frozenset()
 
     @abstractmethod

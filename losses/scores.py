@@ -22,6 +22,9 @@ WHOLE_SCORES = ("overlap", "reverse_kl")
 TARGET_SCORES = ("kl", *WHOLE_SCORES)
 """Fields that need something of it: KL its mean rows of the head (`drafter.soft_labels`)."""
 
+CONFIDENCE = "confidence"
+"""The field that the drafter's confidence head fills."""
+
 
 @dataclass(eq=False)
 class BlockScores:
@@ -36,7 +39,8 @@ class BlockScores:
         overlap: (M, N) like log_prob or None, sum_v min(p_k(v), q_k(v)).
         kl: (M, N) like log_prob or None, KL(p_k || q_k) in nats.
         reverse_kl: (M, N) like log_prob or None, KL(q_k || p_k) in nats.
-        confidence: (M, N) like log_prob or None, max_v q_k(v).
+        confidence: (M, N) like log_prob or None, the confidence head's logit of the chance that
+            slot k is accepted once all before it are; 0 at invalid slots.
         outside: (M, N) bool or None, whether the slot is valid and y_k outside a reduced draft
             vocabulary: q_k(y_k) is 0 and no weight changes that. Such a slot is wrong, not
             skipped: it is valid, counted in every denominator, never correct, a block's first
@@ -77,7 +81,7 @@ class BlockScores:
             )
         for name in ("correct", "valid"):
             self._check_like_log_prob(name, getattr(self, name), torch.bool)
-        for name in (*TARGET_SCORES, "confidence"):
+        for name in (*TARGET_SCORES, CONFIDENCE):
             optional = getattr(self, name)
             if optional is not None:
                 self._check_like_log_prob(name, optional, log_prob.dtype)

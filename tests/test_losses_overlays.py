@@ -82,7 +82,8 @@ RIVALS = {
 
 def test_every_rival_has_an_overlay():
     folder = FOLDER.parent / "rivals"
-    assert {path.stem for path in folder.glob("*.yaml")} == RIVALS.keys() | {"forward-kl"}
+    others = {"dspark", "forward-kl", "visible-prefix"}
+    assert {path.stem for path in folder.glob("*.yaml")} == RIVALS.keys() | others
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -105,6 +106,19 @@ def test_distillation_is_alone():
     assert loss.needs_target
     over = parse("--model.loss.alpha_kl=1", f"--config={FOLDER / 'full'}.yaml")
     assert over == parse(f"--config={FOLDER / 'full'}.yaml")  # an overlay leaves no KL behind
+
+
+def test_dspark_is_its_published_weights():
+    overlay = yaml.safe_load((FOLDER.parent / "rivals" / "dspark.yaml").read_text())["model"]
+    assert overlay.pop("confidence_head") == "attached"
+    loss = parse(f"--model={overlay}", "--model.loss.focal_modulation=0")
+    assert (loss.alpha_cross_entropy, *settings(loss)) == (0.1, 7.0, 0.0, 0.0)
+    assert loss.extra == {
+        # 0.9 times the L1 distance of the distributions, 2 (1 - a)
+        "overlap": WeightedTerm(losses.Overlap(7.0), 2 * 0.9),
+        "confidence": WeightedTerm(losses.Confidence(7.0), 1.0),
+    }
+    assert loss.reads_confidence
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -27,6 +27,7 @@ from drafter.target import Target
 
 THRESHOLDS = (0.0, *(round(0.02 * step, 2) for step in range(1, 46)))
 REPEATS = 7
+BY_HEAD, BY_PROBABILITY = "by its head", "max q"
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ def find_draft_length(
     record = {
         "fingerprint": loaded.fingerprint,
         "block_size": loaded.drafter.config.block_size,
+        "confidence": BY_HEAD if loaded.drafter.confidence_head else BY_PROBABILITY,
         "responses": len(slots),
         "sampling": asdict(settings.sampling),
         "costs": asdict(costs),
@@ -215,14 +217,20 @@ def _errors(slots: Sequence[SlotResults]) -> dict[str, float]:
     }
 
 
-def plot_calibration(rule: DraftLength, found: Sweep) -> bytes:
-    """Returns a PNG: what confidence is worth, and what each threshold gives."""
+def plot_calibration(rule: DraftLength, found: Sweep, by: str = BY_PROBABILITY) -> bytes:
+    """Returns a PNG: what confidence is worth, and what each threshold gives.
+
+    Args:
+        rule: With its classes.
+        found: The sweep over thresholds.
+        by: What confidence is.
+    """
     plt = pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
     edges = [0.0, *rule.bounds]
     left.stairs(rule.rates, edges, color="#4477aa", baseline=None, linewidth=2)
     left.plot([0, 1], [0, 1], ":", color="#bbbbbb")
-    left.set_xlabel("drafter's confidence, max q")
+    left.set_xlabel(f"drafter's confidence, {by}")
     left.set_ylabel("share accepted, once reached")
     right.plot(found.thresholds, found.tokens_per_second, color="#4477aa")
     best = found.best
