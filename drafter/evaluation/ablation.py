@@ -23,7 +23,7 @@ from drafter.evaluation.intervals import RESAMPLES, Runs
 from drafter.evaluation.measured_sets import PROMPT_LOOKUP
 from drafter.evaluation.plan import clock
 from drafter.evaluation.recipes import Grid, Row
-from drafter.evaluation.results import FORMAT, compare, describe
+from drafter.evaluation.results import AT_SIZE, FORMAT, compare, describe
 from drafter.evaluation.tallies import Tally
 from drafter.files import pieces, write_atomic
 
@@ -260,7 +260,7 @@ class Ablation:
         for result in content["results"]:
             for drafter in _models(result):
                 size = drafter["block_size"]
-                label = name if size == trained else f"{name} @ K {size}"
+                label = name if size == trained else f"{name}{AT_SIZE}{size}"
                 found = Found(content["seed"], drafter, result, record)
                 entries.setdefault(label, []).append(found)
 

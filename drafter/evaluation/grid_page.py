@@ -7,12 +7,12 @@ from typing import Any
 
 from drafter.evaluation.markdown import figure_rows, markdown_rows
 from drafter.evaluation.plots import main_mode
-from drafter.evaluation.results import AVERAGE, names_of
+from drafter.evaluation.results import AVERAGE, by_block_size, names_of
 from drafter.evaluation.tables import number, signed
 
 
 def grid_page(result: Mapping[str, Any]) -> str:
-    """Returns the page; its pictures are `<grid>-<name>.png` beside it (plots.plot_result).
+    """Returns the page; its pictures are `<page_stem>-<name>.png` beside it (plots.plot_result).
 
     Args:
         result: Of one grid (`Ablation.results`).
@@ -25,20 +25,21 @@ def grid_page(result: Mapping[str, Any]) -> str:
         if mode in drafter.get("figures", {})
     }
     figures = {name: row["figures"][mode] for name, row in rows.items()}
-    grid = result["grid"]
+    stem = page_stem(result)
     parts = [
-        f"# {grid}",
+        f"# {stem}",
         _facts(result, rows),
         f"    python {result['command']}",
-        f"![Accepted length]({grid}-accepted_length.png)",
+        f"![Accepted length]({stem}-accepted_length.png)",
         _lengths(figures, names),
+        *_block_sizes(result, mode),
         "## On the same prompts and seeds",
         _differences(result, mode, names),
         "## Waste: right drafts behind their block's first error",
-        f"![Waste]({grid}-waste.png)",
+        f"![Waste]({stem}-waste.png)",
         _wastes(figures, names),
         "## Acceptance by position",
-        f"![Acceptance by position]({grid}-acceptance_by_position.png)",
+        f"![Acceptance by position]({stem}-acceptance_by_position.png)",
         "## Accepted length by tokens of the prompt, all sets pooled",
         _by_prompt_length(figures),
     ]
@@ -71,6 +72,35 @@ def _lengths(figures: Mapping[str, Any], names: Sequence[str]) -> str:
         own = found[AVERAGE]["accepted_length"]["value"]
         row.append("" if row[0] == first else f"{100 * (own / base - 1):+.1f} %")
     return "\n".join(markdown_rows(["", *head[1:], f"over {first}"], body))
+
+
+def _block_sizes(result: Mapping[str, Any], mode: str) -> list[str]:
+    """Every trained row at every block size, if the grid decodes at several."""
+    sizes = by_block_size(result, mode)
+    if not sizes:
+        return []
+    columns = sorted({size for own in sizes.values() for size in own})
+    body = [
+        [name, *(number(own[size]["value"]) if size in own else "-" for size in columns)]
+        for name, own in sizes.items()
+    ]
+    head = ["trained", *(f"decoded at K {size}" for size in columns)]
+    return [
+        "## Block size in training against block size in decoding: the average",
+        f"![Block sizes]({page_stem(result)}-block_sizes.png)",
+        "\n".join(markdown_rows(head, body)),
+    ]
+
+
+def page_stem(result: Mapping[str, Any]) -> str:
+    """Returns what a grid's page and pictures are called: its name, and the temperature if any.
+
+    Example:
+        >>> page_stem({"grid": "alone", "settings": {"sampling": {"temperature": 0.7}}})
+        'alone-temperature-0.7'
+    """
+    temperature = result["settings"]["sampling"]["temperature"]
+    return str(result["grid"]) + (f"-temperature-{temperature:g}" if temperature else "")
 
 
 def _differences(result: Mapping[str, Any], mode: str, names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from drafter.evaluation.grid_page import grid_page
+from drafter.evaluation.grid_page import grid_page, page_stem
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.page import html_page
 from drafter.evaluation.plots import write_plots
@@ -44,7 +44,7 @@ def write_ablation(
         results: Of the grids.
         folder: Of these files.
         tables: Where each grid's own page goes, `<grid>.md` with its pictures and figures
-            (`<grid>.json`); None for nowhere.
+            (`<grid>.json`; grid_page.page_stem); None for nowhere.
     """
     results = [without_nan(result) for result in results]
     text = "\n".join(f"## {result['grid']}\n\n{markdown(result)}" for result in results)
@@ -54,7 +54,7 @@ def write_ablation(
     print(text)
     if tables is not None:
         for result in results:
-            stem = tables / result["grid"]
+            stem = tables / page_stem(result)
             figures = {**result, "drafters": [{**d, "samples": []} for d in result["drafters"]]}
             write_atomic(tables / f"{stem.name}.md", grid_page(result))
             write_atomic(tables / f"{stem.name}.json", json.dumps(figures) + "\n")

@@ -14,11 +14,13 @@ from drafter.evaluation.results import AVERAGE, names_of
 from drafter.evaluation.tables import number, replay_cost
 
 TITLES = {
+    "block_sizes": "Block size in training against block size in decoding",
     "accepted_length": "Accepted length by benchmark",
     "acceptance_by_position": "Acceptance by position",
     "waste": "Waste",
 }
 EXPLAINED = {
+    "block_sizes": "Average accepted length of each trained row at each block size.",
     "accepted_length": "Tokens per target pass, bonus token included, pooled over rounds; 1.0 is "
     "no drafter. Bars are 95 % intervals (bootstrap over prompts).",
     "acceptance_by_position": "Share of rounds that accept slot k among those that accepted "

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drafter.evaluation.results import AVERAGE, names_of
+from drafter.evaluation.results import AVERAGE, by_block_size, names_of
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
-"""Paul Tol's bright scheme: told apart by the colour-blind too."""
+"""Paul Tol's bright scheme: told apart by the colour-blind too. More rows than these get shades."""
 
 
 def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns PNG files by name: `accepted_length`, `acceptance_by_position`, `waste`.
+
+    Rows that were decoded at several block sizes give `block_sizes`, too.
 
     Replay is shown where it was run, else the real loop.
     """
@@ -25,7 +27,9 @@ def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
         if mode in drafter.get("figures", {})
     }
     sets = list(names_of(result, mode))
+    sizes = by_block_size(result, mode)
     return {
+        **({"block_sizes": _sizes(sizes)} if sizes else {}),
         "accepted_length": _bars(drafters, sets, "accepted_length", "accepted length", floor=1.0),
         "acceptance_by_position": _positions(drafters, sets),
         "waste": _bars(drafters, sets, "waste_ratio", "waste ratio"),
@@ -69,7 +73,7 @@ def _bars(
                 value - floor,
                 width * 0.92,
                 bottom=floor,
-                color=COLOURS[n % len(COLOURS)],
+                color=_colour(n, len(drafters)),
             )
             if not _none(found["low"]):
                 below, above = max(0.0, value - found["low"]), max(0.0, found["high"] - value)
@@ -108,7 +112,7 @@ def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
             if not shown:
                 continue
             k = [place for place, _ in shown]
-            colour = COLOURS[n % len(COLOURS)]
+            colour = _colour(n, len(drafters))
             ax.plot(k, [r["value"] for _, r in shown], ".-", color=colour)
             bounded = [(place, r) for place, r in shown if not _none(r["low"])]
             ax.fill_between(
@@ -138,10 +142,44 @@ def _legend(fig: Any, drafters: Mapping[str, Any]) -> None:
         from matplotlib.patches import Patch
 
         patches = [
-            Patch(color=COLOURS[n % len(COLOURS)], label=drafter)
+            Patch(color=_colour(n, len(drafters)), label=drafter)
             for n, drafter in enumerate(drafters)
         ]
         fig.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False)
+
+
+def _colour(n: int, of: int) -> Any:
+    if of <= len(COLOURS):
+        return COLOURS[n]
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](n / (of - 1))
+
+
+def _sizes(sizes: Mapping[str, Mapping[int, Any]]) -> bytes:
+    """A field a pair of trained row and block size in decoding, by average accepted length."""
+    plt = pyplot()
+    columns = sorted({size for own in sizes.values() for size in own})
+    values = [
+        [own[size]["value"] if size in own else float("nan") for size in columns]
+        for own in sizes.values()
+    ]
+    fig, ax = plt.subplots(
+        figsize=(1.1 * len(columns) + 2.4, 0.6 * len(sizes) + 1.4), layout="constrained"
+    )
+    image = ax.imshow(values, cmap="viridis", aspect="auto")
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if not _none(value):
+                colour = "white" if value < middle else "black"
+                ax.text(x, y, f"{value:.3f}", ha="center", va="center", color=colour)
+    ax.set_xticks(range(len(columns)), [f"K {size}" for size in columns])
+    ax.set_yticks(range(len(sizes)), list(sizes))
+    ax.set_xlabel("block size in decoding")
+    ax.set_ylabel("trained")
+    fig.colorbar(image, label="average accepted length")
+    return to_png(plt, fig)
 
 
 def _none(value: float | None) -> bool:

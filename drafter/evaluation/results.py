@@ -34,6 +34,8 @@ PROMPT_BOUNDS = (128, 256, 512, 1024, 2048, 4096, 8192)
 """Ends of the classes of prompt length that figures are given for, in tokens."""
 SAME = ("settings", "dtype")
 """What result files must share to be merged, beside the target."""
+AT_SIZE = " @ K "
+"""In a row's name, before a block size that it was not trained at."""
 KNOWN_BY = ("fingerprint", "block_size", "search", "draft_length")
 """What tells drafters of several result files apart."""
 REQUIRED = ("settings", "dtype", "target", "drafters", "skipped", "misfits")
@@ -320,3 +322,18 @@ def names_of(result: Mapping[str, Any], mode: str) -> Iterable[str]:
         for name in drafter.get("figures", {}).get(mode, {}).get("sets", {}):
             found[name] = None
     return found
+
+
+def by_block_size(result: Mapping[str, Any], mode: str) -> dict[str, dict[int, Any]]:
+    """Returns the average accepted length by row and block size in decoding.
+
+    Empty where every row was decoded at the block size that it was trained at.
+    """
+    found: dict[str, dict[int, Any]] = {}
+    for drafter in result["drafters"]:
+        figures = drafter.get("figures", {}).get(mode)
+        if figures:
+            name = drafter["name"].rsplit(AT_SIZE, 1)[0]
+            average = figures[AVERAGE]["accepted_length"]
+            found.setdefault(name, {})[drafter["block_size"]] = average
+    return found if any(len(own) > 1 for own in found.values()) else {}
