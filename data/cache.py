@@ -1,5 +1,7 @@
 """Feature caches: `python -m data.cache build|verify|repair|info`.
 
+For example:
+
     python -m data.cache build --output cache --from configs/smollm2.yaml --train_data rows.jsonl
     torchrun --nproc-per-node 8 -m data.cache build ...     # any number of processes
     python train.py fit --config configs/smollm2.yaml --data.cache cache

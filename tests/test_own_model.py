@@ -61,7 +61,7 @@ def test_the_page_shows_five_commands_and_two():
 
 
 def test_five_commands_take_a_small_model_to_a_served_drafter(place, capsys):
-    Path(tiny_target_dir(place, "qwen3")).rename(place / "my-model")
+    Path(tiny_target_dir(place, "qwen3", max_position_embeddings=1024)).rename(place / "my-model")
     prompts = [{"prompt": f"What is the sum of {i} and three?"} for i in range(12)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     small = {
@@ -91,5 +91,39 @@ def test_five_commands_take_a_small_model_to_a_served_drafter(place, capsys):
     for command in PUBLIC:
         run(command, small, {})
     both = json.loads((place / "runs/from-public/before-after.json").read_text())
-    assert [one["name"] for one in both["drafters"]] == ["public-drafter", "runs/from-public"]
+    assert [one["name"] for one in both["drafters"]] == ["public-drafter", "from-public"]
     assert both["comparisons"]
+
+
+@pytest.mark.slow
+def test_a_little_data_makes_a_public_drafter_better_on_the_small_target(place, capsys):
+    prompts = (ROOT / "assets" / "quickstart_prompts.jsonl").read_text()
+    (place / "prompts.jsonl").write_text(prompts)
+    names = {"my-model": str(TARGET), "public-drafter": str(ROOT / "assets" / "smollm2-drafter")}
+    small = {
+        "python -m data.regenerate": "--max-new-tokens 72",
+        "python train.py": "--trainer.accelerator cpu --trainer.precision 32 --trainer.max_epochs 1"
+        " --trainer.enable_progress_bar false --data.val_rows 18 --data.batch_size 2"
+        " --data.num_anchors 24 --verification.max_new_tokens 72",
+        "python evaluate.py": "--limit 18 --max-new-tokens 72 --no-progress --dtype float32",
+    }
+    few = {**small, "python train.py": small["python train.py"] + " --data.limit_rows 26"}
+    for command in FIVE:
+        run(command, few, names)
+    assert f"vllm serve {TARGET}" in capsys.readouterr().out
+    for command in PUBLIC:
+        run(command, small, names)
+    result = json.loads((place / "runs/from-public/before-after.json").read_text())
+    before, after = (
+        one["figures"]["replay"]["sets"]["prompts"]["accepted_length"]["value"]
+        for one in result["drafters"]
+    )
+    assert after > before + 0.2
+    (compared,) = [
+        one
+        for one in result["comparisons"]
+        if (one["set"], one["figure"]) == ("prompts", "accepted_length")
+    ]
+    assert compared["verdict"] == ("better" if compared["b"] == "public-drafter" else "worse")
+    with capsys.disabled():
+        print(f"accepted length before {before:.3f}, after {after:.3f}: {compared}")

@@ -1,5 +1,7 @@
 """Grids of recipes as YAML files, and what a recipe is: its effective settings and its data.
 
+For example:
+
     base: [configs/smollm2.yaml]      # configs of train.py, first to last
     rows:
       - name: uniform
