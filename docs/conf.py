@@ -12,6 +12,7 @@ project = "l2r-drafter"
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = project
+html_show_copyright = False
 myst_heading_anchors = 3  # pages link to headings as they do on GitHub
 default_role = "code"  # `name` in a docstring
 
@@ -31,12 +32,24 @@ napoleon_use_ivar = True
 exclude_patterns = ["_build", "api/*/modules.rst"]
 
 
-def setup(app: Any) -> None:
-    """Has an indented paragraph of a module's docstring shown as code, as in Markdown."""
+MARKED_BY_COLON = ("attribute", "data", "property")
+"""Of these napoleon takes what stands before a colon for a type; here it is text."""
 
-    def mark_code(_app: Any, what: str, _name: str, _obj: Any, _opts: Any, lines: list[str]) -> None:
-        for i in reversed(range(1, len(lines))):
+
+def setup(app: Any) -> None:
+    """Keeps docstrings as they are meant; Sphinx calls this."""
+    kept: dict[str, list[str]] = {}
+
+    def keep(_app: Any, what: str, name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+        if what in MARKED_BY_COLON:
+            kept[name] = list(lines)
+        for i in reversed(range(1, len(lines))):  # an indented paragraph is code, as in Markdown
             if what == "module" and lines[i].startswith("    ") and not lines[i - 1].strip():
                 lines[i:i] = ["::", ""]
 
-    app.connect("autodoc-process-docstring", mark_code)
+    def put_back(_app: Any, what: str, name: str, _obj: Any, _opts: Any, lines: list[str]) -> None:
+        if what in MARKED_BY_COLON:
+            lines[:] = kept.pop(name)
+
+    app.connect("autodoc-process-docstring", keep, priority=400)  # napoleon comes at 500
+    app.connect("autodoc-process-docstring", put_back, priority=600)

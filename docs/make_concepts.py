@@ -17,7 +17,8 @@ PALE_BLUE, PALE_GREEN, PALE_RED, MUTED, LINE = (
 )
 BOLD, MIDDLE = 'font-weight="bold"', 'text-anchor="middle"'
 
-RESPONSE = "Paris is the capital of France , and its heart . </s>".split()
+RESPONSE = ["Paris", "is", "the", "capital", "of", "France", ",", "and", "its", "heart", "."]
+RESPONSE += ["</s>"]
 BLOCK_SIZE = 5
 DRAFTS = {  # by the anchor's place in the response, as a drafter might have it
     0: ["is", "the", "capital", "in"],
@@ -102,7 +103,9 @@ def block() -> str:
     width = len(context) * cell - 6
     parts = [text(14, 30, "One draft: what a block's slots see and predict", 18, INK, BOLD)]
     parts += [text(14, 76, "context: prompt and", 14), text(14, 94, "what is written so far", 14)]
-    parts += [box(x, 64, cell - 6, word, PALE_BLUE, INK) for x, word in zip(xs, context, strict=True)]
+    parts += [
+        box(x, 64, cell - 6, word, PALE_BLUE, INK) for x, word in zip(xs, context, strict=True)
+    ]
     for layer in layers:
         y, tapped = 112 + 17 * layer, layer in taps
         fill = BLUE if tapped else "#eceff2"
@@ -111,7 +114,10 @@ def block() -> str:
             parts.append(text(left + width / 2, y + 11, f"tap: layer {layer}", 10, "#fff", MIDDLE))
     parts += [text(14, 170, "target, frozen:", 14), text(14, 188, "one pass, layers 0 to 7", 14)]
     parts += [arrow(x + cell / 2 - 3, 250, 270) for x in xs]
-    parts += [text(14, 286, "context features: taps", 14), text(14, 304, "side by side, fc, norm", 14)]
+    parts += [
+        text(14, 286, "context features: taps", 14),
+        text(14, 304, "side by side, fc, norm", 14),
+    ]
     parts += [box(x, 274, cell - 6, f"f{i}", BLUE) for i, x in enumerate(xs)]
     parts.append(box(block_xs[0], 274, cell - 6, slots[0], BLUE))
     parts += [box(x, 274, cell - 6, "mask", GREY) for x in block_xs[1:]]
@@ -143,7 +149,9 @@ def block() -> str:
         text(x + cell / 2 - 3, 450, f"k = {k}", 12, MUTED, MIDDLE)
         for k, x in enumerate(block_xs[1:], start=1)
     ]
-    parts.append(text(14, 424, "the target's own head: slot k predicts the token at anchor + k", 14))
+    parts.append(
+        text(14, 424, "the target's own head: slot k predicts the token at anchor + k", 14)
+    )
     return picture(466, parts)
 
 

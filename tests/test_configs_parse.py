@@ -1,4 +1,4 @@
-"""Every shipped YAML parses and says what it is meant to (commands of README and docs: test_docs)."""
+"""Every shipped YAML parses and says what it is meant to; test_docs.py has the commands shown."""
 
 from __future__ import annotations
 
