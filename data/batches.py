@@ -1,4 +1,4 @@
-"""Token rows to `DraftBatch`es: padding, anchors and their counts.
+"""Token rows to a `DraftBatch`: padding, anchors and their counts.
 
 Legend: B rows, S tokens per row, A anchors per row, N drafted slots.
 """

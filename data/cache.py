@@ -1,8 +1,10 @@
 """Feature caches: `python -m data.cache build|verify|repair|info`.
 
-python -m data.cache build --output cache --from configs/smollm2.yaml --train_data rows.jsonl.gz
-torchrun --nproc-per-node 8 -m data.cache build ...     # any number of processes
-python train.py fit --config configs/smollm2.yaml --data.cache cache
+For example:
+
+    python -m data.cache build --output cache --from configs/smollm2.yaml --train_data rows.jsonl
+    torchrun --nproc-per-node 8 -m data.cache build ...     # any number of processes
+    python train.py fit --config configs/smollm2.yaml --data.cache cache
 """
 
 from __future__ import annotations

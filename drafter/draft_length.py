@@ -208,7 +208,7 @@ def calibrate(
 
 
 def calibration_error(rule: DraftLength, confidences: Tensor, accepted: Tensor, w: Tensor) -> float:
-    """Returns sum |rate of a class - its mean calibrated confidence| (ten classes), by weight.
+    """Returns sum abs(rate - mean calibrated confidence) over ten classes, by weight.
 
     Args:
         rule: Whose `calibrated` is looked at.

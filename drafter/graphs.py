@@ -26,8 +26,8 @@ from losses.scores import CONFIDENCE, TARGET_SCORES, BlockScores
 Forward = Callable[[DraftBatch], BlockScores]
 
 MOST_GRAPHS = 32
-"""Shapes of batches that are recorded; more are run kernel by kernel. `data.pad_multiple: 64` makes
-about 16 of them out of rows of up to 1,024 tokens."""
+"""Shapes of batches that are recorded; more are run kernel by kernel. With `data.pad_multiple` 64
+there are about 16 of them out of rows of up to 1,024 tokens."""
 
 
 READ = (

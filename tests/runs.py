@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 
 from benchmarks.curves import scalars as scalars
 from tests.tiny import tiny_target_dir
-from train import RUN_DIR_VARIABLE, main
+from train import RUN_DIR_VARIABLE, DrafterCLI, main
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = {
@@ -115,6 +116,23 @@ def train(words: list[str]) -> Any:
             return main(words)
         finally:
             os.environ.pop(RUN_DIR_VARIABLE, None)
+
+
+@cache
+def train_parser() -> Any:
+    """The parser of train.py: building it takes longer than parsing."""
+
+    class Built(Exception):
+        pass
+
+    def stop(self: Any, parser: Any, args: Any) -> None:
+        raise Built(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrafterCLI, "parse_arguments", stop)
+        with pytest.raises(Built) as built:
+            main(["fit"])
+    return built.value.args[0]
 
 
 def cli_process(

@@ -1,14 +1,16 @@
 """Grids of recipes as YAML files, and what a recipe is: its effective settings and its data.
 
-base: [configs/smollm2.yaml]      # configs of train.py, first to last
-rows:
-  - name: uniform
-    configs: [configs/losses/uniform.yaml]
-  - name: full, K 8
-    configs: [configs/losses/full.yaml]
-    flags: {model.block_size: 8}
-block_sizes: [8, 16]              # to decode with; default: each row's own
-one_budget: true                  # rows may not change steps, rows of data or anchors
+For example:
+
+    base: [configs/smollm2.yaml]      # configs of train.py, first to last
+    rows:
+      - name: uniform
+        configs: [configs/losses/uniform.yaml]
+      - name: full, K 8
+        configs: [configs/losses/full.yaml]
+        flags: {model.block_size: 8}
+    block_sizes: [8, 16]              # to decode with; default: each row's own
+    one_budget: true                  # rows may not change steps, rows of data or anchors
 """
 
 from __future__ import annotations
