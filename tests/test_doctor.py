@@ -248,7 +248,6 @@ def test_only_that_convention_shows_a_block_the_state_at_its_anchor():
         assert first == (3 if sees else 4)
 
 
-@torch.no_grad()
 def test_that_convention_moves_no_window():
     drafter = said_config(trained())
     drafter.config.layer_types = ["sliding_attention"] * drafter.config.num_hidden_layers
