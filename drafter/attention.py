@@ -88,7 +88,7 @@ def is_visible(
     if layer.causal:
         visible = visible & (distance >= 0)
     if layer.window is not None:
-        visible = visible & (distance < layer.window) & (-distance < layer.window)
+        visible = visible & (distance.abs() < layer.window)
     return visible
 
 

@@ -14,6 +14,25 @@ from drafter.errors import UserError
 MAX_BLOCK_SIZE = 64
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Entries of `layer_types`."""
+_SINKS = "has attention sinks, which are not computed here"
+_INTERLEAVED = "has an interleaved rope; only the half-split one is computed"
+_NOT_COMPUTED = (
+    ("attention_sink_bias", False, _SINKS),
+    ("add_swa_attention_sink_bias", False, _SINKS),
+    ("is_neox_style", True, _INTERLEAVED),
+    ("rope_is_neox_style", True, _INTERLEAVED),
+    (
+        "sample_from_anchor",
+        False,
+        "predicts a token at the anchor's slot (sample_from_anchor), which is never done here",
+    ),
+    (
+        "partial_rotary_factor",
+        1.0,
+        "has a partial_rotary_factor; only a rope over whole heads is computed",
+    ),
+)
+"""Keys of a published config, the value that asks for nothing, and what another one means."""
 _OF_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
 
@@ -49,6 +68,9 @@ class DrafterConfig(Qwen3Config):
         dflash = dict(self.dflash_config or {})
         # newer published configs carry the block size inside dflash_config
         self.block_size = int(dflash.pop("block_size", self.block_size))
+        for key, flag in (("is_causal", self.is_causal), ("causal", dflash.get("causal"))):
+            check_flag(key, flag)
+        check_flag("use_swa", dflash.get("use_swa"))
         causal = dflash.get("causal") if self.is_causal is None else self.is_causal
         window = dflash.pop("swa_window_size", None)
         if dflash.pop("use_swa", False) and SLIDING not in (self.layer_types or []):
@@ -94,15 +116,18 @@ class DrafterConfig(Qwen3Config):
         return float(self._told("input_embedding_scale") or 1.0)
 
     @property
-    def told_logits(self) -> tuple[float, float | None] | None:
-        """Scale and soft-cap of logits; None for whatever the target's head has."""
-        scale, cap = self._told("output_multiplier"), self._told("final_logit_softcapping")
-        return (
-            None if scale is None and cap is None else (float(scale or 1), float(cap or 0) or None)
-        )
+    def told_logits(self) -> dict[str, float]:
+        """`output_multiplier` and `final_logit_softcapping` (0: none), if they are told."""
+        told = {key: self._told(key) for key in ("output_multiplier", "final_logit_softcapping")}
+        return {key: float(value) for key, value in told.items() if value is not None}
 
     def _told(self, key: str) -> Any:
         return (self.dflash_config or {}).get(key, getattr(self, key, None))
+
+    def _told_anywhere(self, key: str) -> tuple[Any, ...]:
+        """Returns what is told at the top level, in dflash_config and of the rope."""
+        places = (self.dflash_config or {}, self.rope_parameters or {})
+        return (getattr(self, key, None), *(place.get(key) for place in places))
 
     @property
     def confidence_head(self) -> bool:
@@ -189,24 +214,42 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+def check_flag(key: str, flag: Any) -> None:
+    """Raises UserError for a told flag that is no flag: "false" would count as true."""
+    if flag is not None and not isinstance(flag, bool):
+        raise UserError(f"The drafter's config.json has {key} {flag!r}; write true or false.")
+
+
 def check_supported(config: DrafterConfig, where: Path) -> None:
     """Raises UserError for a published config that asks for what `Drafter` does not compute."""
     if config.hidden_act != "silu":
         raise UserError(f"{where} has hidden_act {config.hidden_act!r}; only silu can be computed.")
-    strange = sorted(set(config.layer_types or []) - {FULL, SLIDING})
+    kinds, rope = config.layer_types or [], config.rope_parameters or {}
+    if kinds and len(kinds) != config.num_hidden_layers:
+        raise UserError(
+            f"{where} has {len(kinds)} layer_types for {config.num_hidden_layers} layers; write "
+            "one of each layer into its config.json."
+        )
+    strange = sorted(set(kinds) - {FULL, SLIDING})
     if strange:
         raise UserError(
             f"{where} has layers of {', '.join(strange)}; only {FULL} and {SLIDING} are computed."
         )
-    if SLIDING in (config.layer_types or []) and (config.sliding_window or 0) < 1:
+    if SLIDING in kinds and (config.sliding_window or 0) < 1:
         raise UserError(
             f"{where} has layers of {SLIDING} and no window; write sliding_window and "
             "use_sliding_window: true into its config.json."
         )
-    if config._told("attention_sink_bias") or config._told("add_swa_attention_sink_bias"):
-        raise UserError(f"{where} has attention sinks, which are not computed here.")
-    if config._told("is_neox_style") is False or config._told("rope_is_neox_style") is False:
-        raise UserError(f"{where} has an interleaved rope; only the half-split one is computed.")
+    for key, neutral, what in _NOT_COMPUTED:
+        if any(value is not None and value != neutral for value in config._told_anywhere(key)):
+            raise UserError(f"{where} {what}.")
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UserError(f"{where} has a rope of each layer type; only one of all is computed.")
+    if SLIDING in kinds and getattr(config, "rope_local_base_freq", None) is not None:
+        raise UserError(
+            f"{where} has a rope_local_base_freq of sliding layers; only one rope of all is "
+            "computed."
+        )
 
 
 def refuse_dflash2(said: Mapping[str, Any], where: Path) -> None:

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drafter.borrowed import BORROWED, WEIGHTS, leave_out, read_tensor, tensor_files
-from drafter.config import DrafterConfig, check_supported
+from drafter.config import DrafterConfig, check_flag, check_supported
 from drafter.draft_vocabulary import from_maps, mask_of, offsets
 from drafter.errors import UserError
 from drafter.files import write_atomic
@@ -41,6 +41,23 @@ VERSION = "0.9.0"
 """Of the library whose form this is."""
 D2T, T2D = "d2t", "t2d"
 OUR_MAP = "draft_tokens"
+_OF_LAYERS_ONLY = {
+    "attention_sink_bias": False,
+    "add_swa_attention_sink_bias": False,
+    "causal": False,
+    "final_logit_softcapping": False,
+    "input_embedding_scale": 1.0,
+    "is_causal": False,
+    "is_neox_style": True,
+    "output_multiplier": 1.0,
+    "partial_rotary_factor": 1.0,
+    "rope_is_neox_style": True,
+    "sample_from_anchor": False,
+    "swa_window_size": False,
+    "use_swa": False,
+}
+"""Keys of the z-lab layout, which outside transformer_layer_config would be read over, and their
+values that ask for nothing."""
 _NOT_OF_LAYERS = (
     "architectures",
     "block_size",
@@ -115,6 +132,7 @@ def speculators_config(
             raise UserError(f"the speculators layout has no place for {what}; use --format zlab.")
     said: dict[str, Any] = json.loads(config.to_json_string())  # as the z-lab layout has it
     layers = {key: value for key, value in said.items() if key not in _NOT_OF_LAYERS}
+    layers |= config.told_logits  # where they were in dflash_config, which this layout has not
     greedy = {
         "proposal_type": "greedy",
         "speculative_tokens": config.num_drafted,
@@ -221,8 +239,10 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
             f"{where}: aux_hidden_state_layer_ids names 0, the embedding, which is no layer's "
             "output; only drafters that read layers' outputs can be read."
         )
+    _refuse_overlooked(said, where)
     for key in ("architectures", "model_type", "is_causal"):
         layers.pop(key, None)
+    check_flag("sliding_window_non_causal", said.get("sliding_window_non_causal"))
     if said.get("sliding_window_non_causal"):  # of sliding layers; full ones are never causal
         layers["is_causal"] = False
     # in a drafter of as many tokens as the target has, a map decides (`read_speculators`)
@@ -233,6 +253,25 @@ def drafter_config(said: Mapping[str, Any], where: Path) -> DrafterConfig:
     config: DrafterConfig = DrafterConfig.from_dict(layers)
     check_supported(config, where)
     return config
+
+
+def _refuse_overlooked(said: Mapping[str, Any], where: Path) -> None:
+    """Raises UserError for what the z-lab layout tells and this one has no place for."""
+    layers = said["transformer_layer_config"]
+    places = {"": said, "dflash_config.": said.get("dflash_config")}
+    places["transformer_layer_config.dflash_config."] = layers.get("dflash_config")
+    told = [
+        (prefix + key, place.get(key), neutral)
+        for prefix, place in places.items()
+        for key, neutral in _OF_LAYERS_ONLY.items()
+        if isinstance(place, Mapping)
+    ]
+    told.append(("transformer_layer_config.is_causal", layers.get("is_causal"), False))
+    for key, value, neutral in told:
+        if value is not None and value != neutral:
+            raise UserError(
+                f"{where} tells {key} {value!r}, which the speculators layout has no place for."
+            )
 
 
 def read_speculators(folder: Path, said: Mapping[str, Any]) -> tuple[Drafter, dict[str, Path]]:

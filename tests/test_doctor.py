@@ -248,6 +248,20 @@ def test_only_that_convention_shows_a_block_the_state_at_its_anchor():
         assert first == (3 if sees else 4)
 
 
+def test_that_convention_moves_no_window():
+    drafter = said_config(trained())
+    drafter.config.layer_types = ["sliding_attention"] * drafter.config.num_hidden_layers
+    drafter.config.sliding_window = 6
+    examiner = Examiner(drafter, target(), rows()[:1])
+    own = Convention.of(drafter)
+    anchors = examiner.batches[0].anchors[0]
+    before = {sees: states(examiner, own, sees) for sees in (False, True)}
+    examiner.features(0, TAPS)[0, : anchors[8]] += 1.0
+    for sees in (False, True):
+        changed = (states(examiner, own, sees) != before[sees]).flatten(1).any(1)
+        assert torch.equal(changed, anchors - 6 + 1 < anchors[8])
+
+
 def states(examiner, own, sees):
     return examiner.states(0, dataclasses.replace(own, sees_anchor=sees))
 

@@ -375,7 +375,13 @@ OF_LAYERS = {
     "is_neox_style",
     "hidden_act",
     "num_hidden_layers",
+    "partial_rotary_factor",
+    "rope_parameters",
+    "rope_local_base_freq",
+    *(LAYERS_AGAIN := ("layers.dflash_config", "layers.is_causal")),
 }
+SLIDING = {"layer_types": ["sliding_attention"], "sliding_window": 8, "use_sliding_window": True}
+OF_LAYERS |= SLIDING.keys()
 
 
 @pytest.mark.parametrize(
@@ -397,6 +403,33 @@ OF_LAYERS = {
         ({"layer_types": ["linear_attention"]}, "of linear_attention; only full_attention and"),
         ({"attention_sink_bias": True}, "has attention sinks"),
         ({"is_neox_style": False}, "has an interleaved rope"),
+        ({"layer_types": ["full_attention"] * 2}, "has 2 layer_types for 1 layers"),
+        ({"partial_rotary_factor": 0.5}, "has a partial_rotary_factor; only"),
+        (
+            {"rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+            "has a partial_rotary_factor; only",
+        ),
+        (
+            {"rope_parameters": {kind: {"rope_theta": 5e3} for kind in ("full_attention", "x")}},
+            "has a rope of each layer type",
+        ),
+        ({**SLIDING, "rope_local_base_freq": 1e4}, "has a rope_local_base_freq of sliding"),
+        ({"dflash_config": {"causal": True}}, "tells dflash_config.causal True, which"),
+        ({"dflash_config": {"use_swa": True}}, "tells dflash_config.use_swa True"),
+        ({"dflash_config": {"swa_window_size": 8}}, "tells dflash_config.swa_window_size 8"),
+        ({"dflash_config": {"sample_from_anchor": True}}, "tells dflash_config.sample_from_anch"),
+        ({"dflash_config": {"input_embedding_scale": 2.0}}, "dflash_config.input_embedding_sc"),
+        ({"input_embedding_scale": 2.0}, "tells input_embedding_scale 2.0"),
+        ({"final_logit_softcapping": 30.0}, "tells final_logit_softcapping 30.0"),
+        ({"output_multiplier": 0.5}, "tells output_multiplier 0.5"),
+        ({"add_swa_attention_sink_bias": True}, "tells add_swa_attention_sink_bias True"),
+        ({"is_causal": True}, "tells is_causal True"),
+        ({"layers.is_causal": True}, "tells transformer_layer_config.is_causal True"),
+        (
+            {"layers.dflash_config": {"causal": True}},
+            "tells transformer_layer_config.dflash_config.causal True",
+        ),
+        ({"sliding_window_non_causal": "false"}, "has sliding_window_non_causal 'false'; write"),
         (
             {"speculators_model_type": "dflash2"},
             r"two-tap .* \(attention_conv, mlp_conv\) and cand",
@@ -416,15 +449,49 @@ def test_what_is_not_ours_to_run_is_refused(tmp_path, changes, said):
         elif key == "-":
             del tensors[value]
         elif key in OF_LAYERS:
-            config["transformer_layer_config"][key] = value
+            config["transformer_layer_config"][key.removeprefix("layers.")] = value
         else:
             config[key] = value
     with pytest.raises(UserError, match=said):
         load_drafter(str(write(tmp_path / "folder", config, tensors)))
-    if changes.keys() <= OF_LAYERS - {"num_hidden_layers"}:
+    if changes.keys() <= OF_LAYERS - {"num_hidden_layers", *LAYERS_AGAIN}:
         zlab = write(tmp_path / "zlab", zlab_config() | changes, tensors)
         with pytest.raises(UserError, match=said):
             load_drafter(str(zlab))
+
+
+def test_what_asks_for_nothing_is_read(tmp_path):
+    neutral = {"causal": False, "use_swa": None, "input_embedding_scale": 1.0}
+    said = speculators_config("someone/model") | {"dflash_config": neutral, "is_causal": False}
+    said["transformer_layer_config"] |= {"partial_rotary_factor": 1.0, "is_causal": False}
+    assert load_drafter(str(write(tmp_path / "folder", said, weights())))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample_from_anchor": True}, "predicts a token at the anchor's slot"),
+        ({"is_causal": "false"}, "has is_causal 'false'; write true or false"),
+        ({"dflash_config.causal": "false"}, "has causal 'false'"),
+        ({"dflash_config.use_swa": "false"}, "has use_swa 'false'"),
+        ({"dflash_config.sample_from_anchor": True}, "predicts a token at the anchor's slot"),
+    ],
+)
+def test_what_a_zlab_folder_asks_for_in_either_place_is_refused(tmp_path, changes, said):
+    config = zlab_config()
+    for key, value in changes.items():
+        place = config["dflash_config"] if "." in key else config
+        place[key.rpartition(".")[2]] = value
+    with pytest.raises(UserError, match=said):
+        load_drafter(str(write(tmp_path / "folder", config, weights())))
+
+
+@pytest.mark.parametrize("config", [speculators_config("someone/model"), zlab_config()])
+def test_a_mask_embedding_of_its_own_is_refused(tmp_path, config):
+    folder = write(tmp_path / "folder", config, weights())
+    torch.save(torch.zeros(32), folder / "mask_embedding.pt")
+    with pytest.raises(UserError, match=r"a mask embedding of its own \(mask_embedding.pt\)"):
+        load_drafter(str(folder))
 
 
 def test_a_folder_in_pieces_or_without_weights(tmp_path):

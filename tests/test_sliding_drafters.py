@@ -5,6 +5,8 @@ Slow twin: `naive_states`, one query at a time over a list of the positions that
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 
@@ -320,17 +322,23 @@ def test_scales_are_the_targets_or_are_refused(target, tmp_path):
         tiny_target_dir(tmp_path, "gemma3", final_logit_softcapping=3.0), dtype="float32"
     )
     assert gemma.embedding_scale == pytest.approx(32**0.5)
+    halved = copy.copy(gemma)
+    halved.head = dataclasses.replace(gemma.head, scale=0.5)
     for theirs, told in (
         (gemma, {}),
         (gemma, {"final_logit_softcapping": 3.0}),
         (target, {"output_multiplier": 1.0, "final_logit_softcapping": None}),
         (target, {"input_embedding_scale": 2.0}),
+        (halved, {"final_logit_softcapping": 3.0}),  # which says nothing of the factor
+        (halved, {"output_multiplier": 0.5}),
+        (halved, {}),
     ):
         check_fits(loaded(of(theirs, **told), ""), theirs)
     for theirs, told, said in (
-        (target, {"final_logit_softcapping": 3.0}, r"soft-capped at 3.0, and the head .* at None"),
-        (gemma, {"final_logit_softcapping": 30.0}, r"soft-capped at 30.0, .* and at 3.0"),
-        (gemma, {"output_multiplier": 0.5}, r"scaled by 0.5 "),
+        (target, {"final_logit_softcapping": 3.0}, "capping 3, not 0 as the head of .* has"),
+        (gemma, {"final_logit_softcapping": 30.0}, "softcapping 30, not 3 as"),
+        (halved, {"final_logit_softcapping": 0.0}, "has final_logit_softcapping 0, not 3 as"),
+        (gemma, {"output_multiplier": 0.5}, "has output_multiplier 0.5, not 1 as"),
         (gemma, {"input_embedding_scale": 2.0}, "public code differs"),
     ):
         with pytest.raises(UserError, match=said):
@@ -350,6 +358,15 @@ def test_a_drafters_own_factor_on_embeddings_is_kept(target, target_dir, tmp_pat
     assert load_drafter(str(tmp_path / "a")).drafter.config.embedding_scale == 2.0
     with pytest.raises(UserError, match="no place for input_embedding_scale 2"):
         export(loaded(scaled, target_dir), tmp_path / "b", layout="speculators")
+
+
+def test_told_logits_are_kept_in_both_layouts(target, target_dir, tmp_path):
+    told = {"final_logit_softcapping": 3.0, "output_multiplier": 0.5}
+    export(loaded(of(target, **told), target_dir), tmp_path / "a", layout="speculators")
+    found = load_drafter(str(tmp_path / "a"))
+    assert found.drafter.config.told_logits == told
+    export(found, tmp_path / "b")
+    assert load_drafter(str(tmp_path / "b")).drafter.config.told_logits == told
 
 
 def test_dflash_2_is_refused_by_name(target, target_dir, tmp_path):

@@ -187,9 +187,15 @@ class Examiner:
         """Returns (A, K, D) drafter states of a row's blocks, as a training step computes them."""
         batch, config = self.batches[place], self.drafter.config
         blocks = build_blocks(batch, convention.block_size, convention.mask_token_id)
+        # windows stay where they are in the context when the anchor moves
+        further = int(convention.sees_anchor)
+        layers = [
+            one._replace(window=one.window and one.window + further)
+            for one in config.layer_attention
+        ]
         visibility = build_visibilities(
-            config.layer_attention,
-            batch.anchors + int(convention.sees_anchor),
+            layers,
+            batch.anchors + further,
             batch.document_ids,
             convention.block_size,
             "sdpa",

@@ -25,6 +25,8 @@ from drafter.target import Target
 
 PROVENANCE = "provenance.json"
 """Beside an exported drafter: what it was trained for, and how."""
+MASK_EMBEDDING = "mask_embedding.pt"
+"""Beside a published drafter: what its drafted slots hold instead of a row of the embedding."""
 
 _INCIDENTAL = ("transformers_version", "_name_or_path", "dtype")
 
@@ -135,6 +137,11 @@ def _read_folder(folder: Path, path: str) -> LoadedDrafter:
     borrowed: dict[str, Path] = {}
     target_path = None
     layers_told = True
+    if (folder / MASK_EMBEDDING).is_file():
+        raise UserError(
+            f"{folder} has a mask embedding of its own ({MASK_EMBEDDING}); only drafters whose "
+            "mask token is a row of the target's embedding can be read."
+        )
     try:
         said = json.loads((folder / "config.json").read_text())
         refuse_dflash2(said, folder)
@@ -171,12 +178,12 @@ def _read_zlab(folder: Path) -> Drafter:
                 "speculators layout can be read with a reduced draft vocabulary."
             )
         changes["draft_vocab_size"] = None
+    config = DrafterConfig.from_dict(said | changes)
+    _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
+    check_supported(config, folder)  # before a model is made of it
     drafter, info = Drafter.from_pretrained(
         folder, output_loading_info=True, use_safetensors=True, **changes
     )
-    config = drafter.config
-    _ = config.target_layer_ids, config.mask_token_id  # a config without them raises here
-    check_supported(config, folder)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise UserError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}.")
@@ -277,14 +284,17 @@ def _check_scales(loaded: LoadedDrafter, target: Target) -> None:
     which are the same unless the target scales its embeddings.
     """
     config, head = loaded.drafter.config, target.head
-    if config.told_logits is not None:
-        scale, cap = config.told_logits
-        if not (math.isclose(scale, head.scale, rel_tol=1e-4) and cap == head.softcap):
-            raise UserError(
-                f"{loaded.name} has logits scaled by {scale:g} and soft-capped at {cap}, and the "
-                f"head of {target.path} by {head.scale:g} and at {head.softcap}; give the target "
-                "that it was trained with."
-            )
+    theirs = {"output_multiplier": head.scale, "final_logit_softcapping": head.softcap or 0.0}
+    wrong = [
+        f"{key} {value:g}, not {theirs[key]:g}"
+        for key, value in config.told_logits.items()
+        if not math.isclose(value, theirs[key], rel_tol=1e-4)
+    ]
+    if wrong:
+        raise UserError(
+            f"{loaded.name} has {', '.join(wrong)} as the head of {target.path} has; give the "
+            "target that it was trained with."
+        )
     if config.embedding_scale != 1.0 and not math.isclose(target.embedding_scale, 1.0):
         raise UserError(
             f"{loaded.name} has input_embedding_scale {config.embedding_scale:g}, and "
