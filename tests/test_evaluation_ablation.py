@@ -339,11 +339,23 @@ def test_changed_data_behind_a_preset_is_another_recipe(tmp_path, inside):
 
 def test_block_sizes_of_training_against_those_of_inference(place):
     write_grid(place, place / "base.yaml", block_sizes=[2, 4])
-    run(place)
+    run(place, "--tables", str(place / "pages"), "--temperature", "0.5")
     (result,) = results(place)
     names = [d["name"] for d in result["drafters"]]
     assert names == ["uniform @ K 2", "uniform", "+ chain @ K 2", "+ chain"]
     assert [d["block_size"] for d in result["drafters"]] == [2, 4, 2, 4]
+    page = (place / "pages" / "grid-temperature-0.5.md").read_text()
+    averages = [
+        f"{d['figures']['replay']['average']['accepted_length']['value']:.3f}"
+        for d in result["drafters"]
+    ]
+    assert "| trained | decoded at K 2 | decoded at K 4 |" in page
+    assert f"| uniform | {averages[0]} | {averages[1]} |" in page
+    assert f"| + chain | {averages[2]} | {averages[3]} |" in page
+    pictures = re.findall(r"\]\(([^)]+)\)", page)
+    assert len(pictures) == 4
+    for picture in pictures:
+        assert (place / "pages" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_flags_after_two_dashes_go_to_every_row(place):
