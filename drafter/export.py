@@ -55,6 +55,7 @@ SHOWN = (
     "model.num_layers",
     "model.block_size",
     "model.draft_vocab_size",
+    "model.confidence_head",
     "model.init_from_target",
     "model.optimizer",
     "model.learning_rate",
@@ -67,12 +68,19 @@ SHOWN = (
     "model.loss.alpha_kl",
     "data.batch_size",
     "data.num_anchors",
+    "data.visible_prefix.share",
     "data.max_length",
     "data.limit_rows",
     "data.val_rows",
     "seed_everything",
 )
 """Settings of a recipe that its card lists; config.yaml has all."""
+OFF = {
+    "model.draft_vocab_size": None,
+    "model.confidence_head": "none",
+    "data.visible_prefix.share": 0.0,
+}
+"""Values at which they are left out of it."""
 
 
 def export(
@@ -274,7 +282,8 @@ def model_card(
         "",
     ]
     if settings:
-        shown = [f"| `{name}` | {settings[name]} |" for name in SHOWN if name in settings]
+        names = [n for n in SHOWN if n in settings and (n not in OFF or settings[n] != OFF[n])]
+        shown = [f"| `{name}` | {settings[name]} |" for name in names]
         lines += ["## Recipe", "", "| setting | value |", "| --- | --- |", *shown, ""]
     for run in provenance.get("runs", [])[-1:]:
         began, where, commit = (run.get(key) for key in ("started", "device", "git_commit"))

@@ -152,7 +152,6 @@ class DrafterModule(LightningModule):
                 "num_taps": num_taps,
                 "mask_token_id": mask_token_id,
                 "intermediate_size": intermediate_size,
-                "draft_vocab_size": draft_vocab_size,
                 "init_from_target": init_from_target,
                 "init_from": init_from,
                 "optimizer": optimizer,
@@ -169,7 +168,8 @@ class DrafterModule(LightningModule):
                 "compile_drafter": compile_drafter,
                 "cuda_graphs": cuda_graphs,
                 "log_gradient_norms_every": log_gradient_norms_every,
-                # checkpoints of drafters without one stay what they were
+                # checkpoints of drafters without them stay what they were
+                **({} if draft_vocab_size is None else {"draft_vocab_size": draft_vocab_size}),
                 **({"confidence_head": confidence_head} if confidence_head != "none" else {}),
             },
             logger=False,
@@ -179,6 +179,7 @@ class DrafterModule(LightningModule):
         self.continues: str | None = None
         """A checkpoint about to be loaded: it has what `init_from` gave, which may be gone."""
         self.decoding = decoding
+        self.draft_vocab_size = draft_vocab_size
         self.confidence_head = confidence_head
         self.drafter: Drafter | None = None
         self._target: Target | None = None
@@ -236,16 +237,16 @@ class DrafterModule(LightningModule):
     def _check_confidence_head(self, stage: str) -> None:
         """Raises UserError where a head is to be trained that is not there, or is there in vain."""
         assert self.drafter is not None
-        has_head, trained = self.drafter.confidence_head is not None, self.loss.reads_confidence
-        if stage != "predict" and trained and not has_head:
+        has_head = self.drafter.confidence_head is not None
+        if stage != "predict" and self.loss.reads_confidence and not has_head:
             raise UserError(
                 "The loss trains a confidence head, and the drafter has none; set "
                 "--model.confidence_head attached (or detached), or leave that term out."
             )
-        if stage == "fit" and has_head and not trained:
+        if stage == "fit" and has_head and not self.loss.trains_confidence:
             raise UserError(
-                "No term of the loss trains the drafter's confidence head; add a losses.Confidence "
-                "to --model.loss.extra (see configs/rivals/dspark.yaml), or set "
+                "No term of the loss trains the confidence head; give a losses.Confidence "
+                "a weight in --model.loss.extra (see configs/rivals/dspark.yaml), or set "
                 "--model.confidence_head none."
             )
 
@@ -329,7 +330,7 @@ class DrafterModule(LightningModule):
                 f"--model.init_from {path} reads target layers {list(config.target_layer_ids)}, "
                 f"--model.target_layer_ids says {list(asked)}; leave the latter out."
             )
-        size = self.hparams.draft_vocab_size
+        size = self.draft_vocab_size
         if size is not None and config.draft_vocab_size not in (None, size):
             raise UserError(
                 f"--model.init_from {path} drafts from {config.draft_vocab_size} tokens, "
@@ -357,8 +358,8 @@ class DrafterModule(LightningModule):
         if chosen is None:
             chosen = default_layer_ids(target.num_layers, hparams.num_taps)
         check_layer_ids(chosen, target.num_layers)
-        if hparams.draft_vocab_size is not None:
-            check_draft_vocab_size(hparams.draft_vocab_size, target.vocab_size)
+        if self.draft_vocab_size is not None:
+            check_draft_vocab_size(self.draft_vocab_size, target.vocab_size)
         config = DrafterConfig.for_target(
             target.config,
             block_size=hparams.block_size,
@@ -368,7 +369,7 @@ class DrafterModule(LightningModule):
                 target.tokenizer, target.vocab_size, hparams.mask_token_id
             ),
             intermediate_size=hparams.intermediate_size,
-            draft_vocab_size=hparams.draft_vocab_size,
+            draft_vocab_size=self.draft_vocab_size,
         )
         config.confidence_head = self.confidence_head != "none"
         return config

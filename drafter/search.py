@@ -12,6 +12,7 @@ whose common beginnings are merged. Verification follows the target's own tokens
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -147,7 +148,7 @@ def best_first(
     Args:
         log_probs: (N, R), each slot's most probable tokens, falling.
         ids: (N, R), these tokens. R no smaller than the budget loses nothing.
-        budget: Nodes; fewer come back only if there are no more sequences.
+        budget: Nodes; fewer come back only if no more sequences have a probability above 0.
 
     Example:
         >>> best_first([[-0.1, -2.4], [-0.7, -0.8]], [[5, 6], [7, 8]], budget=3)
@@ -159,6 +160,8 @@ def best_first(
     heap = [(-log_probs[0][0], 0, ROOT, 0, 0.0)] if log_probs else []
     while heap and len(tokens) < budget:
         cost, depth, parent, rank, before = heapq.heappop(heap)
+        if cost == math.inf:  # so is what is left: tokens outside a reduced draft vocabulary
+            break
         place = len(tokens)
         tokens.append(ids[depth][rank])
         parents.append(parent)

@@ -184,6 +184,14 @@ class CombinedLoss:
         return any(CONFIDENCE in term.reads for term in self.terms.values())
 
     @property
+    def trains_confidence(self) -> bool:
+        """Whether such a term has a weight at some time of the run."""
+        return any(
+            CONFIDENCE in extra.term.reads and extra.weight != 0 and not extra.schedule.silent
+            for extra in (self.extra or {}).values()
+        )
+
+    @property
     def needs_target(self) -> bool:
         """Whether a term reads the target's distribution."""
         return bool(self.reads)
@@ -247,8 +255,11 @@ class CombinedLoss:
             for name, ratio in ratios.items()
             if weights[name] != 0
         }
-        # schedules may silence every term for a while: the total is connected all the same
-        parts = list(contributions.values()) or [0.0 * scores.reachable_log_prob.sum()]
+        parts = list(contributions.values())
+        # schedules may silence every term for a while, or all but that of a head whose state is
+        # detached: the total is connected all the same
+        if not parts or scores.confidence is not None:
+            parts.append(0.0 * scores.reachable_log_prob.sum())
         if scores.confidence is not None:
             parts.append(0.0 * scores.confidence.sum())  # so is the head
         total = torch.stack(parts).sum()

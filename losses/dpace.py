@@ -66,9 +66,8 @@ class DPace(Term):
         """Returns w (M, N), 0 at invalid slots."""
         # log space: products would underflow, and one is divided by another
         log_prob = scores.log_prob
-        if (
-            scores.outside is not None
-        ):  # q = 0, so small that products vanish, and divide all the same
+        if scores.outside is not None:
+            # q = 0, so small that products vanish, and divide all the same
             least = math.log(torch.finfo(log_prob.dtype).tiny)
             log_prob = torch.where(scores.outside, least, log_prob)
         floor = torch.full_like(log_prob, _log(self.smoothing))

@@ -67,3 +67,9 @@ class Schedule:
         if self.kind == "cosine":
             done = 0.5 * (1 - math.cos(math.pi * done))
         return self.start + (self.final - self.start) * done
+
+    @property
+    def silent(self) -> bool:
+        """Whether the factor is 0 throughout."""
+        turns = (0.0, self.begin, (self.begin + self.end) / 2, self.end)
+        return not any(self.multiplier(progress) for progress in turns)

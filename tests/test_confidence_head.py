@@ -27,8 +27,9 @@ from drafter.module import DrafterModule
 from drafter.muon import Muon
 from losses import BlockScores, CombinedLoss, Confidence, Overlap, WeightedTerm
 from losses.confidence import calibration
+from losses.schedule import Schedule
 from tests import losses_twins as twins
-from tests.runs import cli, find_target, scalars
+from tests.runs import cli, find_target, same, scalars
 from tests.test_draft_length import HALF, NEW, PROMPTS, rounds_of
 from tests.test_step_graphs import batches, close, gradients, recorded
 from tests.test_verification_exact_laws import (
@@ -43,6 +44,13 @@ from tests.tiny import tiny_target
 from tests.tiny_drafters import overfitted_drafter
 
 LENGTHS = (5, 2, 0, 4)
+HYPER_PARAMETERS = [
+    "attention", "betas", "block_size", "compile_drafter", "cuda_graphs", "final_lr_fraction",
+    "init_from", "init_from_target", "intermediate_size", "learning_rate",
+    "log_gradient_norms_every", "loss", "mask_token_id", "max_grad_norm", "momentum",
+    "num_layers", "num_taps", "on_nonfinite", "optimizer", "target_layer_ids", "total_steps",
+    "warmup_fraction", "weight_decay",
+]  # fmt: skip
 
 
 def some_scores(lengths=LENGTHS, seed=0, dtype=torch.float64):
@@ -129,6 +137,19 @@ def test_a_silent_term_leaves_the_head_connected():
     total = CombinedLoss(extra={"confidence": silent})(scores, 0.0).total
     assert torch.equal(total, plain)
     (grad,) = torch.autograd.grad(total, scores.confidence)
+    assert (grad == 0).all()
+
+
+def test_a_detached_heads_term_alone_leaves_the_drafter_connected():
+    """Its state and the overlap that it is held to pass no gradient on."""
+    alone = {"alpha_cross_entropy": 0.0, "alpha_focal": 0.0, "alpha_chain": 0.0}
+    loss = CombinedLoss(**alone, extra={"confidence": WeightedTerm(Confidence())})
+    scores = some_scores()
+    scores.outside = scores.valid & ~scores.correct
+    scores.log_prob = torch.where(scores.outside, -math.inf, scores.log_prob)
+    out = loss(scores, 0.0)
+    assert torch.equal(out.total, out.contributions["confidence"])
+    (grad,) = torch.autograd.grad(out.total, scores.log_prob)
     assert (grad == 0).all()
 
 
@@ -231,17 +252,25 @@ def test_gradients_reach_the_drafter_through_an_attached_state_only(runs):
         assert (named["fc.weight"] is not None) is reaches
 
 
-def test_a_drafter_without_a_head_is_saved_as_before(runs):
+def test_a_drafter_without_a_head_is_saved_as_before(runs, tmp_path):
     none, attached = (
         torch.load(f"{run_dir(runs[kind])}/checkpoints/last.ckpt", weights_only=True)
         for kind in ("none", "attached")
     )
     assert "confidence_head" not in json.dumps(none["drafter_config"])
-    assert "confidence_head" not in none["hyper_parameters"]
+    assert sorted(none["hyper_parameters"]) == HYPER_PARAMETERS
     added = attached["state_dict"].keys() - none["state_dict"].keys()
     assert added == {"drafter.confidence_head.weight", "drafter.confidence_head.bias"}
     assert attached["hyper_parameters"]["confidence_head"] == "attached"
     assert attached["drafter_config"]["dflash_config"]["confidence_head"] is True
+    # those that were saved between have one that says that it is off
+    none["hyper_parameters"]["draft_vocab_size"] = None
+    torch.save(none, tmp_path / "between.ckpt")
+    for path in (tmp_path / "between.ckpt", f"{run_dir(runs['none'])}/checkpoints/last.ckpt"):
+        module = DrafterModule.load_from_checkpoint(path, weights_only=True)
+        assert same(module.state_dict(), none["state_dict"])
+    reduced = DrafterModule(draft_vocab_size=20).hparams
+    assert sorted(reduced) == sorted([*HYPER_PARAMETERS, "draft_vocab_size"])
 
 
 def test_it_is_logged_with_its_calibration(runs):
@@ -290,15 +319,23 @@ def test_recorded_steps_equal_those_kernel_by_kernel(runs):
 
 
 def test_a_head_and_its_loss_come_together(runs):
-    target, trains = runs["none"].model.target, {"confidence": WeightedTerm(Confidence())}
+    target, term = runs["none"].model.target, Confidence()
+    trains, off = {"confidence": WeightedTerm(term)}, Schedule("warmup", final=0.0)
+    later = {"confidence": WeightedTerm(term, schedule=Schedule("warmup", begin=0.5))}
     for head, extra, message in (
         ("none", trains, "the drafter has none"),
         ("attached", None, "No term of the loss trains"),
+        ("attached", {"confidence": WeightedTerm(term, 0.0)}, "No term of the loss trains"),
+        ("attached", {"confidence": WeightedTerm(term, 1.0, off)}, "No term of the loss trains"),
+        ("attached", later, None),
     ):
         module = DrafterModule(CombinedLoss(extra=extra), block_size=4, confidence_head=head)
         module.attach(target)
-        with pytest.raises(UserError, match=message):
+        if message is None:
             module._check_confidence_head("fit")
+        else:
+            with pytest.raises(UserError, match=message):
+                module._check_confidence_head("fit")
         module._check_confidence_head("predict")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from drafter.decoding import CachedTarget
+from drafter.draft_vocabulary import ReducedHead
 from drafter.evaluation.audit import Auditor, explain, first_difference
 from drafter.evaluation.measure import (
     FeatureStore,
@@ -17,6 +18,7 @@ from drafter.evaluation.measure import (
     replay_trajectory,
 )
 from drafter.evaluation.trajectories import EvalPrompt, TrajectorySettings, generate_trajectories
+from drafter.head import FrozenHead
 from drafter.model import Drafter
 from drafter.replay import replay_slots
 from drafter.target import Target
@@ -188,6 +190,22 @@ def test_both_conditions_are_needed():
     assert not judge([0.06, 0.0, 0.1, 0.0], [0.0, 0.06, 0.0, 0.1])  # the gap is too wide
     assert not judge([9.0, 0.0, 0.1, 0.0], [0.0, 0.1, 0.0, 0.1])  # a pass that is plainly wrong
     assert judge([0.0] * 4, [0.0] * 4) is False  # no error explains no gap
+
+
+def test_tokens_outside_a_reduced_vocabulary_have_no_noise():
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(10, 4, generator=generator, dtype=torch.float64)
+    whole[4] = whole[1]  # a tie
+    kept = torch.tensor([1, 4, 7])
+    head = ReducedHead.of(FrozenHead(whole), kept)
+    states = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    near, reference = states[0] + 1e-3 * states[1:], states[0]
+    found = explain((1, 4), list(head.logits(near)), head.logits(reference))
+    assert found[-1] is True
+    rows = head.rows
+    assert found == explain((0, 1), list(rows.logits(near)), rows.logits(reference))
+    wrong = head.logits(torch.stack((near[0], states[1])))
+    assert explain((1, 4), list(wrong), head.logits(reference))[-1] is False
 
 
 @pytest.mark.parametrize(

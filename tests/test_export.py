@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from drafter.config import DrafterConfig
 from drafter.errors import UserError
 from drafter.evaluation.loading import load_drafter
-from drafter.export import export, main
+from drafter.export import OFF, export, main, model_card, provenance_of
 from tests.runs import cli, config, find_target
 
 LAYER = (
@@ -80,6 +80,19 @@ def test_card_and_provenance_say_where_it_comes_from(run, tmp_path):
     assert {file.stat().st_mode & 0o777 for file in again.iterdir()} == {0o644}
     assert load_drafter(str(again)).provenance == loaded.provenance
     assert load_drafter(str(again)).fingerprint == loaded.fingerprint
+
+
+def test_a_card_lists_what_is_on_and_not_what_is_off(run):
+    off = provenance_of(load_drafter(str(run / "run")))
+    config = load_drafter(str(run / "run")).drafter.config.to_dict()
+    assert off["settings"].keys() >= OFF.keys()
+    card = model_card("A drafter", config, off)
+    assert not any(name in card for name in OFF)
+    on = {"model.draft_vocab_size": 20, "model.confidence_head": "attached"}
+    on["data.visible_prefix.share"] = 0.5
+    card = model_card("A drafter", config, off | {"settings": off["settings"] | on})
+    for name, value in on.items():
+        assert f"| `{name}` | {value} |" in card
 
 
 def test_a_run_predicts_and_trains_on_from_it(run, tmp_path):

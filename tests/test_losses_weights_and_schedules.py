@@ -150,6 +150,18 @@ def test_schedules_out_of_range_are_refused(settings, message):
         Schedule(**settings)
 
 
+def test_a_schedule_is_silent_if_it_is_0_throughout():
+    for silent in (Schedule("linear", final=0.0), Schedule("warmup", begin=0.5, final=0.0)):
+        assert silent.silent
+    for heard in (
+        Schedule(),
+        Schedule("warmup", begin=0.5),
+        Schedule("cosine", start=1.0, begin=0.2, final=0.0),
+        Schedule("warmup", start=1.0, begin=0.2, end=0.4, final=0.0),
+    ):
+        assert not heard.silent
+
+
 def test_a_schedule_moves_its_own_term_only():
     loss = CombinedLoss(
         focal_schedule=Schedule("linear", start=1.0, final=0.0), chain_schedule=Schedule("linear")

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from drafter.decoding import CachedDrafter, decode_plainly
+from drafter.draft_vocabulary import ReducedHead
 from drafter.errors import UserError
 from drafter.evaluation.measure import STREAM_DECODE, decode_prompt, replay_trajectory
 from drafter.evaluation.trajectories import EvalPrompt, Trajectory, TrajectorySettings
+from drafter.head import FrozenHead
 from drafter.sampling import (
     GREEDY,
     STREAM_SEARCH,
@@ -113,6 +115,16 @@ def test_equal_marginals_are_taken_lowest_id_first():
     logits[0, 0, [7, 400]] = 3.0
     (tree,) = grow(Search("tree", budget=2), logits, torch.zeros(1, 0, 1))
     assert tree.tokens == [7, 400]
+
+
+def test_no_token_outside_a_reduced_vocabulary_is_taken_whatever_the_budget():
+    for kept, sequences in ((torch.tensor([4]), 1), (torch.tensor([1, 4]), 2)):
+        head = ReducedHead.of(FrozenHead(torch.randn(10, 3)), kept)
+        logits = head.logits(torch.randn(1, 3, 3))
+        (tree,) = grow(Search("tree", budget=60), logits, torch.zeros(1, 0, 3))
+        assert set(tree.tokens) == set(kept.tolist())
+        assert len(set(beginnings(tree))) == len(tree.tokens)
+        assert len(tree.tokens) == sum(sequences**depth for depth in (1, 2, 3))
 
 
 def test_streams_of_random_numbers_are_apart():

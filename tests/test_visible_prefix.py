@@ -14,11 +14,12 @@ import torch
 from data.batches import BatchDataset
 from data.sampler import DraftLoader, EpochBatches, Item
 from drafter.blocks import VisiblePrefix, build_blocks, count_valid
+from drafter.draft_vocabulary import ReducedHead
 from drafter.errors import UserError
 from drafter.head import score_blocks
 from drafter.soft_labels import soft_labels
 from drafter.whole_scores import TargetStates
-from losses import BlockScores, CombinedLoss
+from losses import BlockScores, CombinedLoss, Confidence, Overlap, WeightedTerm
 from tests.losses_twins import total
 from tests.runs import cli
 from tests.test_blocks_labels_and_validity import MASK, make_batch, valid_by_definition
@@ -26,6 +27,7 @@ from tests.test_head_scoring import dense_log_prob, make_head
 from tests.test_sampler_order_and_resume import make_rows
 from tests.test_step_graphs import batches, recorded
 
+READ = ("kl", "overlap", "confidence")
 KEY = {"seed": 3, "sample_id": 5, "epoch": 1}
 
 
@@ -119,6 +121,58 @@ def test_scores_losses_and_gradients_are_those_of_the_hidden_slots(fixed_shape):
     (twin_grad,) = torch.autograd.grad(total(twin), hidden)
     torch.testing.assert_close(grad, twin_grad)
     assert (grad[~predicted] == 0).all()  # shown slots, the anchor's, and those that count nowhere
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+def test_with_a_reduced_vocabulary_and_a_confidence_head_scores_are_the_twins(fixed_shape):
+    batch, block_size, whole = some_batch(4), 6, make_head(vocab=140)
+    kept = torch.arange(0, 140, 3)
+    head = ReducedHead.of(whole, kept)
+    rows, anchors = batch.anchors.shape
+    length = batch.input_ids.shape[1]
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, anchors, block_size, 7, dtype=torch.float64, requires_grad=True)
+    last = torch.randn(rows * length, 7, dtype=torch.float64)
+    said = torch.randn(rows, anchors, block_size, dtype=torch.float64, requires_grad=True)
+    found = score_blocks(
+        head,
+        hidden,
+        build_blocks(batch, block_size, MASK),
+        soft=soft_labels(head.rows, last),
+        target=TargetStates(last, 1.0, ("overlap",), head),
+        confidence=said,
+        fixed_shape=fixed_shape,
+    )
+    shape = (rows * anchors, block_size - 1)
+    twin = {name: torch.zeros(shape, dtype=torch.float64) for name in ("log_prob", *READ)}
+    twin |= {name: torch.zeros(shape, dtype=torch.bool) for name in ("correct", "valid", "outside")}
+    for m, (b, anchor, _, slots) in enumerate(slots_by_definition(batch, block_size)):
+        for column, k in enumerate(slots):
+            place = (m, column)
+            label = int(batch.input_ids[b, anchor + k])
+            logits_p = whole.logits(last[b * length + anchor + k - 1])
+            log_p = logits_p.log_softmax(-1)[kept]  # of all tokens
+            again = logits_p[kept].log_softmax(-1)  # renormalised
+            log_q = whole.logits(hidden[b, m % anchors, k])[kept].log_softmax(-1)
+            twin["valid"][place], twin["outside"][place] = True, label % 3 != 0
+            inside = label % 3 == 0
+            twin["log_prob"][place] = log_q[label // 3] if inside else -torch.inf
+            twin["correct"][place] = inside and int(log_q.argmax()) == label // 3
+            twin["kl"][place] = (again.exp() * (again - log_q)).sum()
+            twin["overlap"][place] = torch.minimum(log_p, log_q).exp().sum()
+            twin["confidence"][place] = said[b, m % anchors, k]
+    assert twin["outside"].any()
+    assert (twin["valid"] & ~twin["outside"]).any()
+    for name, value in twin.items():
+        ours = getattr(found, name)
+        torch.testing.assert_close(ours & found.valid if name == "correct" else ours, value)
+    extra = {"overlap": WeightedTerm(Overlap()), "confidence": WeightedTerm(Confidence())}
+    loss = CombinedLoss(alpha_kl=0.5, extra=extra)
+    totals = [loss(scores, 0.5).total for scores in (found, BlockScores(**twin))]
+    torch.testing.assert_close(*totals)
+    for own, other in zip(*(torch.autograd.grad(t, (hidden, said)) for t in totals), strict=True):
+        assert own.isfinite().all()
+        torch.testing.assert_close(own, other)
 
 
 @pytest.mark.parametrize("fixed_shape", [False, True])

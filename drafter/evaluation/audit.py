@@ -86,7 +86,8 @@ def explain(
     Args:
         tokens: The two.
         passes: Logits (V,) of either pass, at its own precision.
-        reference_V: Logits of the same prefix in higher precision.
+        reference_V: Logits of the same prefix in higher precision; -inf at tokens outside a reduced
+            draft vocabulary, which have no noise.
 
     Example:
         >>> explain((0, 1), [torch.tensor([1.0, 1.1]), torch.tensor([1.1, 1.0])],
@@ -98,7 +99,8 @@ def explain(
     errors = [p.double().cpu() - reference_V for p in passes]
     bound = 2 * max(float(error[pair].abs().max()) for error in errors)
     gap = float((reference_V[tokens[0]] - reference_V[tokens[1]]).abs())
-    noise = sorted(float(error.square().mean().sqrt()) for error in errors)
+    kept_V = reference_V.isfinite()
+    noise = sorted(float(error[kept_V].square().mean().sqrt()) for error in errors)
     if noise[0] == 0:  # one pass is right to the last bit: then so must be the other
         ratio = 1.0 if noise[-1] == 0 else math.inf
     else:
