@@ -16,7 +16,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """Entries of `layer_types`."""
 _SINKS = "has attention sinks, which are not computed here"
 _INTERLEAVED = "has an interleaved rope; only the half-split one is computed"
-_NOT_COMPUTED = (
+NOT_COMPUTED = (
     ("attention_sink_bias", False, _SINKS),
     ("add_swa_attention_sink_bias", False, _SINKS),
     ("is_neox_style", True, _INTERLEAVED),
@@ -240,7 +240,7 @@ def check_supported(config: DrafterConfig, where: Path) -> None:
             f"{where} has layers of {SLIDING} and no window; write sliding_window and "
             "use_sliding_window: true into its config.json."
         )
-    for key, neutral, what in _NOT_COMPUTED:
+    for key, neutral, what in NOT_COMPUTED:
         if any(value is not None and value != neutral for value in config._told_anywhere(key)):
             raise UserError(f"{where} {what}.")
     if any(isinstance(value, Mapping) for value in rope.values()):

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drafter.borrowed import BORROWED, WEIGHTS, leave_out, read_tensor, tensor_files
-from drafter.config import DrafterConfig, check_flag, check_supported
+from drafter.config import NOT_COMPUTED, DrafterConfig, check_flag, check_supported
 from drafter.draft_vocabulary import from_maps, mask_of, offsets
 from drafter.errors import UserError
 from drafter.files import write_atomic
@@ -42,17 +42,12 @@ VERSION = "0.9.0"
 D2T, T2D = "d2t", "t2d"
 OUR_MAP = "draft_tokens"
 _OF_LAYERS_ONLY = {
-    "attention_sink_bias": False,
-    "add_swa_attention_sink_bias": False,
+    **{key: neutral for key, neutral, _ in NOT_COMPUTED},
     "causal": False,
     "final_logit_softcapping": False,
     "input_embedding_scale": 1.0,
     "is_causal": False,
-    "is_neox_style": True,
     "output_multiplier": 1.0,
-    "partial_rotary_factor": 1.0,
-    "rope_is_neox_style": True,
-    "sample_from_anchor": False,
     "swa_window_size": False,
     "use_swa": False,
 }
