@@ -32,7 +32,7 @@ from drafter.evaluation.measure import FeatureStore
 from drafter.evaluation.options import check_device, measured_as, parse, settings_from
 from drafter.evaluation.output import show, write_ablation, write_result
 from drafter.evaluation.plan import plan
-from drafter.evaluation.recipes import flat, read_grid, read_share, read_yaml
+from drafter.evaluation.recipes import flat, read_grid, read_yaml
 from drafter.evaluation.report import prepare, report, sort_by_fit
 from drafter.evaluation.results import merge, read_result, summarise
 from drafter.evaluation.tables import name_apart
@@ -181,13 +181,12 @@ def run_ablation(options: argparse.Namespace) -> None:
     if options.dry_run:
         print("\n".join(ablation.pending(grids, options.seeds)))
         return
-    share = read_share(options.share)
     with shared_between_runs():
-        left_out = ablation.run(grids, options.seeds, share, options.budget)
-    if share[1] > 1 or left_out:
+        missing = ablation.run(grids, options.seeds, options.budget)
+    if missing:
         print(
-            f"{left_out} rows of this share are left; tables are made by the same command without "
-            "--share and --budget, once all rows are there."
+            f"{missing} rows are left or in other processes' hands; tables are made by the same "
+            "command (without --budget) once all rows are there."
         )
         return
     tables = options.tables and Path(options.tables)
@@ -227,10 +226,12 @@ def load_all(paths: Sequence[str], block_size: int | None) -> tuple[list[LoadedD
 
 def searches_of(options: argparse.Namespace) -> list[Search | None]:
     """Returns the ways to search drafts that are asked for, None for the one draft."""
-    searches = [
-        None if kind == "plain" else Search(kind, options.budget, options.drafts)
-        for kind in dict.fromkeys(options.search)
-    ]
+    ways: dict[str, list[Search | None]] = {
+        "plain": [None],
+        "tree": [Search("tree", budget=budget) for budget in dict.fromkeys(options.budget)],
+        "self-select": [Search("self-select", drafts=m) for m in dict.fromkeys(options.drafts)],
+    }
+    searches = [search for kind in dict.fromkeys(options.search) for search in ways[kind]]
     if options.audit and any(searches):
         raise UserError("--audit looks at one draft a round; leave --search out.")
     return searches

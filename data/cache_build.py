@@ -37,7 +37,6 @@ from data.cache_format import (
     read_manifest,
     write_shard,
 )
-from data.files import lock
 from data.online import OnlineHiddenStates
 from data.prompt_sets import held_out_prompts
 from data.render import fingerprint
@@ -51,7 +50,7 @@ from drafter.evaluation.trajectories import (
     TrajectorySettings,
     generate_trajectories,
 )
-from drafter.files import file_stamp, write_atomic
+from drafter.files import file_stamp, lock, write_atomic
 from drafter.layer_ids import assert_finite_features, check_layer_ids, default_layer_ids
 from drafter.packing import batches_by_length, pad_rows
 from drafter.sampling import argmax

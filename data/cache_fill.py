@@ -36,10 +36,10 @@ from data.cache_format import (
     read_manifest,
     write_shard,
 )
-from data.files import lock
 from data.rows import TokenRow
 from data.sampler import rank_and_world
 from drafter.errors import UserError
+from drafter.files import lock
 from drafter.ranks import sum_over_ranks
 
 HELD = "filling.lock"

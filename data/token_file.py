@@ -26,11 +26,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from data.files import lock
 from data.rows import RowReport, RowSet, TokenRow
 from data.sources import SourceRow
 from drafter.errors import UserError
-from drafter.files import write_atomic
+from drafter.files import lock, write_atomic
 
 FORMAT = 1
 INDEX = "index.json"

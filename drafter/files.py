@@ -1,4 +1,4 @@
-"""Files that are never half-written, and where they are kept."""
+"""Files that are never half-written, where they are kept, and a lock on one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HASHED_BYTES = 1 << 26
@@ -128,3 +129,25 @@ def _ends(file: Path, most: int) -> str:
             content.seek(-min(most, size - most), os.SEEK_END)
             digest.update(content.read())
     return digest.hexdigest()
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Tries to become the one process that holds `path`; yields whether it did.
+
+    Args:
+        path: Made if need be, with its folder.
+        wait: Until it is free.
+
+    The system frees the lock when the process dies, however it dies, so none is ever left behind.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

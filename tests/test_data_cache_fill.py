@@ -14,8 +14,8 @@ from data.cache_build import Builder, CacheSettings
 from data.cache_fill import FILLING, HELD, JOURNAL, read_journals
 from data.cache_format import MANIFEST, TRAIN, CachedRows, read_manifest
 from data.cache_repair import faults
-from data.files import lock
 from data.stored_target import StoredTarget
+from drafter.files import lock
 from drafter.target import Target
 from tests.faults import kill_at
 from tests.runs import OVERLAYS, cli, cli_process, config, find_target, same, scalars, weights

@@ -13,7 +13,7 @@ import drafter.evaluation.ablation as ablation_module
 import evaluate
 from drafter.errors import UserError
 from drafter.evaluation.ablation import OLDER
-from drafter.evaluation.recipes import Row, read_grid
+from drafter.evaluation.recipes import Row, read_grid, read_share
 from drafter.files import file_stamp
 from drafter.target import Target
 from tests.runs import ROOT, config, train_parser
@@ -111,15 +111,26 @@ def test_rows_that_are_there_are_skipped_and_older_recipes_marked(place, capsys)
     assert not any(OLDER in row["a"] + row["b"] for row in result["comparisons"])
 
 
-def test_processes_share_rows_and_tables_come_last(place, capsys):
-    for which in ("1/2", "2/2"):
-        run(place, "--share", which)
-        assert not (place / "out" / "ablation.json").exists()
+def test_processes_share_rows_and_the_last_to_finish_makes_the_tables(place, monkeypatch, capsys):
+    train = evaluate.train_row
+
+    def beside_another(arguments, run_dir):
+        """A second process starts and ends while the first one trains its first row."""
+        monkeypatch.setattr(evaluate, "train_row", train)
+        capsys.readouterr()
+        run(place)
         printed = capsys.readouterr().out
         assert printed.count("trains in") == 1
-        assert "0 rows of this share are left; tables are made by the same command" in printed
+        assert "uniform, seed 0] is in another process's hands" in printed
+        assert "1 rows are left or in other processes' hands" in printed
+        assert not (place / "out" / "ablation.json").exists()
+        return train(arguments, run_dir)
+
+    monkeypatch.setattr(evaluate, "train_row", beside_another)
     run(place)
-    assert "trains in" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("trains in") == 0  # its own was printed before the other process began
+    assert "+ chain, seed 0] is there" in printed
     (result,) = results(place)
     assert [d["name"] for d in result["drafters"]] == ["uniform", "+ chain"]
 
@@ -205,10 +216,9 @@ def test_benchmarks_are_known_by_what_they_hold_not_by_where_they_lie(place, cap
 
 
 @pytest.mark.parametrize("share", ["0/2", "3/2", "2"])
-def test_a_share_that_is_none_is_one_sentence(place, capsys, share):
-    with pytest.raises(SystemExit):
-        run(place, "--share", share)
-    assert "give which of how many" in capsys.readouterr().err
+def test_a_share_that_is_none_is_one_sentence(share):
+    with pytest.raises(UserError, match="give which of how many"):
+        read_share(share)
 
 
 def test_no_row_is_begun_that_would_not_end_in_time(place, monkeypatch, capsys):
@@ -216,7 +226,7 @@ def test_no_row_is_begun_that_would_not_end_in_time(place, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "trains in" not in printed
     assert printed.count("not begun: 0 s are left") == 2
-    assert "2 rows of this share are left" in printed
+    assert "2 rows are left" in printed
     clock = itertools.count(0, 50)  # every look at it is 50 s later
     with monkeypatch.context() as patch:
         patch.setattr(ablation_module.time, "perf_counter", lambda: next(clock))

@@ -12,7 +12,8 @@ import evaluate
 from drafter.evaluation.loading import load_drafter
 from drafter.evaluation.measure import decode_prompt
 from drafter.evaluation.measured_sets import Bench
-from drafter.evaluation.results import merge, read_result
+from drafter.evaluation.plots import plot_result
+from drafter.evaluation.results import by_search, merge, read_result
 from drafter.evaluation.trajectories import (
     EvalPrompt,
     TrajectorySettings,
@@ -117,12 +118,12 @@ def test_replay_and_the_loop_agree_and_every_figure_is_there(place, capsys):
 
 
 def test_several_searches_are_measured_side_by_side_and_kept_apart(place, monkeypatch, capsys):
-    asked = ("--search", "plain", "tree", "self-select", "--budget", "12", "--drafts", "3")
+    asked = ("--search", "plain", "tree", "self-select", "--budget", "12", "4", "--drafts", "3")
     result = run(place, *asked, "--mode", "both", drafters=("poor",), cache="searches")
-    names = ["poor", "poor, tree of 12", "poor, 3 drafts", "prompt lookup"]
+    names = ["poor", "poor, tree of 12", "poor, tree of 4", "poor, 3 drafts", "prompt lookup"]
     assert [d["name"] for d in result["drafters"]] == names
     lengths = []
-    for n in range(3):
+    for n in range(4):
         replayed, decoded = rows(result, "replay", n), rows(result, "decode", n)
         assert len(replayed) == 11
         for key, row in replayed.items():
@@ -132,19 +133,35 @@ def test_several_searches_are_measured_side_by_side_and_kept_apart(place, monkey
         average = result["drafters"][n]["figures"]["replay"]["average"]
         lengths.append(average["accepted_length"]["value"])
     assert lengths[1] > lengths[0]
-    assert lengths[2] > lengths[0]
-    assert [check["identical"] for check in result["agreement"]] == [11, 11, 11]
-    assert [d["search"] for d in result["drafters"]] == [None, "tree of 12", "3 drafts", None]
+    assert lengths[1] >= lengths[2] >= lengths[0]
+    assert lengths[3] > lengths[0]
+    ways = by_search(result, "replay")["poor"]
+    assert {way: len(averages) for way, averages in ways.items()} == {
+        "one draft": 1,
+        "tree": 2,
+        "self-select": 1,
+    }
+    assert [own["accepted_length"]["value"] for own in ways["tree"]] == [lengths[2], lengths[1]]
+    assert "searches" in plot_result(result)
+    assert [check["identical"] for check in result["agreement"]] == [11, 11, 11, 11]
+    assert [d["search"] for d in result["drafters"]] == [
+        None,
+        "tree of 12",
+        "tree of 4",
+        "3 drafts",
+        None,
+    ]
     assert [d["name"] for d in merge([result, result])["drafters"]] == names
     # none of it is measured again, and none is taken for another
     monkeypatch.setattr(Bench, "_row", None)
     again = run(place, *asked, drafters=("poor",), cache="searches")
-    for n in range(3):
+    for n in range(4):
         assert rows(again, "replay", n) == rows(result, "replay", n)
     monkeypatch.undo()
     other = run(place, "--search", "tree", "--budget", "1", drafters=("poor",), cache="searches")
     figures = other["drafters"][0]["figures"]["replay"]["average"]
     assert figures["accepted_length"]["value"] <= 2
+    assert by_search(other, "replay") == {}  # one size: nothing to draw
     with pytest.raises(SystemExit):
         run(place, *asked, "--audit")
     assert "leave --search out" in capsys.readouterr().err

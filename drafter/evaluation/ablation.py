@@ -25,7 +25,7 @@ from drafter.evaluation.plan import clock
 from drafter.evaluation.recipes import Grid, Row
 from drafter.evaluation.results import AT_SIZE, FORMAT, compare, describe
 from drafter.evaluation.tallies import Tally
-from drafter.files import pieces, write_atomic
+from drafter.files import lock, pieces, write_atomic
 
 ROW_FORMAT = 2
 OLDER = " [older recipe"
@@ -76,36 +76,41 @@ class Ablation:
         self,
         grids: Sequence[Grid],
         seeds: int,
-        share: tuple[int, int] = (1, 1),
         budget: float = math.inf,
     ) -> int:
         """Trains and measures what is not there yet; all rows of a seed before the next seed.
 
+        Several processes may do so in one folder, one on each GPU: each takes the next row that is
+        neither there nor in another's hands.
+
         Args:
             grids: Of recipes; one that several hold is trained once.
             seeds: 0, 1, ..., seeds - 1.
-            share: (which, of how many): the second of four processes' rows is (2, 4).
             budget: Seconds; none is begun that would probably not end within.
 
         Returns:
-            How many of this share were not begun.
+            How many rows are missing at the end: not begun, or in another process's hands.
         """
         begun = time.perf_counter()
         paces: list[float] = []
-        left_out = 0
-        for grid, row, seed in self._distinct(grids, seeds)[share[0] - 1 :: share[1]]:
+        rows = self._distinct(grids, seeds)
+        for grid, row, seed in rows:
             spent = time.perf_counter() - begun
+            title = f"{grid.name}: {row.name}, seed {seed}"
             there = self._row_path(grid, row, seed).exists() and not self.fresh
             trained = self._trained(row, seed)
             if not there and not trained and spent + (1.1 * min(paces) if paces else 0.0) > budget:
                 left = max(0.0, budget - spent)
-                print(f"[{grid.name}: {row.name}, seed {seed}] not begun: {left:.0f} s are left")
-                left_out += 1
+                print(f"[{title}] not begun: {left:.0f} s are left")
                 continue
-            self._finish(grid, row, seed)
-            if not trained:  # the first one also loads the target and makes the features
+            with lock(self._run_dir(row, seed).with_suffix(".lock")) as mine:
+                if mine:
+                    self._finish(grid, row, seed, title)
+                else:
+                    print(f"[{title}] is in another process's hands", flush=True)
+            if mine and not trained:  # the first one also loads the target and makes the features
                 paces.append(time.perf_counter() - begun - spent)
-        return left_out
+        return sum(not self._row_path(*row).exists() for row in rows)
 
     def _distinct(self, grids: Sequence[Grid], seeds: int) -> list[tuple[Grid, Row, int]]:
         """Returns what `run` goes through, each recipe, seed and way of measuring once."""
@@ -149,9 +154,8 @@ class Ablation:
             lines.append("no run is finished yet, so there is nothing to estimate time from")
         return lines
 
-    def _finish(self, grid: Grid, row: Row, seed: int) -> None:
+    def _finish(self, grid: Grid, row: Row, seed: int, title: str) -> None:
         path = self._row_path(grid, row, seed)
-        title = f"{grid.name}: {row.name}, seed {seed}"
         if path.exists() and not self.fresh:
             print(f"[{title}] is there: {path.name}", flush=True)
             return

@@ -46,8 +46,20 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         help="drafts of a round: the argmax one; a tree of the most probable beginnings; or "
         "several, drawn and merged. Ways given together are measured side by side; all are exact",
     )
-    verb.add_argument("--budget", type=int, default=60, help="tokens of a tree")
-    verb.add_argument("--drafts", type=int, default=4, help="of self-select, with the argmax one")
+    verb.add_argument(
+        "--budget",
+        type=int,
+        nargs="+",
+        default=[60],
+        help="tokens of a tree; several, side by side",
+    )
+    verb.add_argument(
+        "--drafts",
+        type=int,
+        nargs="+",
+        default=[4],
+        help="of self-select, with the argmax one; or several numbers",
+    )
     verb.add_argument(
         "--draft-length",
         metavar="FILE.json",
@@ -87,12 +99,6 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     _add_prompt_options(verb)
     _add_measuring_options(verb)
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
-    verb.add_argument(
-        "--share",
-        default="1/1",
-        metavar="I/N",
-        help="2/4: the second of four processes' rows, into the same --output",
-    )
     verb.add_argument(
         "--budget", type=float, default=math.inf, help="seconds: begin no row that would not end"
     )

@@ -15,12 +15,15 @@ from drafter.evaluation.tables import number, replay_cost
 
 TITLES = {
     "block_sizes": "Block size in training against block size in decoding",
+    "searches": "Several drafts a round",
     "accepted_length": "Accepted length by benchmark",
     "acceptance_by_position": "Acceptance by position",
     "waste": "Waste",
 }
 EXPLAINED = {
     "block_sizes": "Average accepted length of each trained row at each block size.",
+    "searches": "Average accepted length, and tokens per second where the real loop ran, against "
+    "the drafted tokens that the target verifies in a round.",
     "accepted_length": "Tokens per target pass, bonus token included, pooled over rounds; 1.0 is "
     "no drafter. Bars are 95 % intervals (bootstrap over prompts).",
     "acceptance_by_position": "Share of rounds that accept slot k among those that accepted "

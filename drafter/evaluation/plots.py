@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drafter.evaluation.results import AVERAGE, by_block_size, names_of
+from drafter.evaluation.results import AVERAGE, by_block_size, by_search, names_of
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
 """Paul Tol's bright scheme: told apart by the colour-blind too. More rows than these get shades."""
+
+SEARCH_STYLES = {"one draft": ("*", ""), "tree": ("o", "-"), "self-select": ("s", "--")}
+"""Marker and line of each way to draft."""
 
 
 def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns PNG files by name: `accepted_length`, `acceptance_by_position`, `waste`.
 
-    Rows that were decoded at several block sizes give `block_sizes`, too.
+    Rows that were decoded at several block sizes give `block_sizes`, too; drafts searched in
+    several sizes `searches`.
 
     Replay is shown where it was run, else the real loop.
     """
@@ -30,6 +34,7 @@ def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
     sizes = by_block_size(result, mode)
     return {
         **({"block_sizes": _sizes(sizes)} if sizes else {}),
+        **({"searches": _searches(result, mode)} if by_search(result, mode) else {}),
         "accepted_length": _bars(drafters, sets, "accepted_length", "accepted length", floor=1.0),
         "acceptance_by_position": _positions(drafters, sets),
         "waste": _bars(drafters, sets, "waste_ratio", "waste ratio"),
@@ -180,6 +185,47 @@ def _sizes(sizes: Mapping[str, Mapping[int, Any]]) -> bytes:
     ax.set_ylabel("trained")
     fig.colorbar(image, label="average accepted length")
     return to_png(plt, fig)
+
+
+def _searches(result: Mapping[str, Any], mode: str) -> bytes:
+    """Accepted length, and tokens per second where the loop ran, against drafted tokens a round."""
+    plt = pyplot()
+    panels = [("accepted length", "accepted_length", by_search(result, mode))]
+    if timed := by_search(result, "decode"):
+        panels.append(("tokens per second", "tokens_per_second", timed))
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 4.0), squeeze=False, layout="constrained"
+    )
+    for ax, (label, figure, found) in zip(axes.flat, panels, strict=True):
+        for n, ways in enumerate(found.values()):
+            for way, averages in ways.items():
+                x = [own["drafted_per_round"]["value"] for own in averages]
+                y = [own[figure]["value"] for own in averages]
+                marker, line = SEARCH_STYLES[way]
+                ax.plot(x, y, marker=marker, linestyle=line, color=_colour(n, len(found)))
+        ax.set_xlabel("drafted tokens a round")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(handles=_search_legend(panels[0][2]), frameon=False)
+    return to_png(plt, fig)
+
+
+def _search_legend(found: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    present = {way for ways in found.values() for way in ways}
+    lines = [
+        Line2D([], [], color="black", marker=marker, linestyle=line, label=way)
+        for way, (marker, line) in SEARCH_STYLES.items()
+        if way in present
+    ]
+    if len(found) > 1:
+        lines += [
+            Line2D([], [], color=_colour(n, len(found)), linewidth=4, label=Path(name).name)
+            for n, name in enumerate(found)
+        ]
+    return lines
 
 
 def _none(value: float | None) -> bool:

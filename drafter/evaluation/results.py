@@ -25,6 +25,7 @@ from drafter.evaluation.intervals import (
     shared_prompts,
     verdict,
 )
+from drafter.evaluation.measured_sets import PROMPT_LOOKUP
 from drafter.evaluation.tallies import CONTEXT_BOUNDS, Tally
 
 FORMAT = 2
@@ -337,3 +338,25 @@ def by_block_size(result: Mapping[str, Any], mode: str) -> dict[str, dict[int, A
             average = figures[AVERAGE]["accepted_length"]
             found.setdefault(name, {})[drafter["block_size"]] = average
     return found if any(len(own) > 1 for own in found.values()) else {}
+
+
+def by_search(result: Mapping[str, Any], mode: str) -> dict[str, dict[str, list[Any]]]:
+    """Returns averages by drafter and way to draft, from few to many drafted tokens a round.
+
+    The ways: `one draft`, `tree`, `self-select`. Empty where no drafter was searched in two sizes.
+    """
+    found: dict[str, dict[str, list[Any]]] = {}
+    for drafter in result["drafters"]:
+        figures = drafter.get("figures", {}).get(mode)
+        if figures and not drafter.get("draft_length") and drafter["fingerprint"] != PROMPT_LOOKUP:
+            label = drafter.get("search")
+            way = (
+                "one draft" if not label else "tree" if label.startswith("tree") else "self-select"
+            )
+            name = drafter["name"].removesuffix(f", {label}")
+            found.setdefault(name, {}).setdefault(way, []).append(figures[AVERAGE])
+    for ways in found.values():
+        for averages in ways.values():
+            averages.sort(key=lambda own: own["drafted_per_round"]["value"])
+    several = any(len(averages) > 1 for ways in found.values() for averages in ways.values())
+    return found if several else {}
