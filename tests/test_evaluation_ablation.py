@@ -135,6 +135,42 @@ def test_processes_share_rows_and_the_last_to_finish_makes_the_tables(place, mon
     assert [d["name"] for d in result["drafters"]] == ["uniform", "+ chain"]
 
 
+def test_a_row_that_fails_keeps_no_other_from_running(place, monkeypatch, capsys):
+    train = evaluate.train_row
+
+    def fails(arguments, run_dir):
+        if any("alpha_chain" in argument for argument in arguments):
+            return train(arguments, run_dir)
+        raise RuntimeError("this row can't be trained\nand more of it")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(evaluate, "train_row", fails)
+        run(place)
+    printed = capsys.readouterr()
+    assert "+ chain, seed 0] average accepted length" in printed.out
+    said = (
+        "1 of the rows failed, the others are kept: grid: uniform, seed 0 (RuntimeError: this row"
+    )
+    assert said in printed.err
+    assert "and more of it. The same" not in printed.err
+    assert not (place / "out" / "ablation.json").exists()
+    run(place)
+    assert capsys.readouterr().out.count("trains in") == 1
+    assert len(results(place)[0]["drafters"]) == 2
+
+
+def test_a_user_s_mistake_is_told_at_the_first_row(place, monkeypatch, capsys):
+    def refuses(arguments, run_dir):
+        raise UserError("there is no such file.")
+
+    monkeypatch.setattr(evaluate, "train_row", refuses)
+    with pytest.raises(SystemExit):
+        run(place)
+    printed = capsys.readouterr()
+    assert printed.out.count("trains in") == 1
+    assert "there is no such file." in printed.err
+
+
 def test_a_grid_s_page_has_its_rows_their_gain_and_its_plots(place):
     run(place, "--tables", str(place / "pages"), seeds=2)
     page = (place / "pages" / "grid.md").read_text()

@@ -11,11 +11,13 @@ import json
 import math
 import re
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from drafter.errors import UserError
@@ -81,7 +83,7 @@ class Ablation:
         """Trains and measures what is not there yet; all rows of a seed before the next seed.
 
         Several processes may do so in one folder, one on each GPU: each takes the next row that is
-        neither there nor in another's hands.
+        neither there nor in another's hands. A row that fails does not keep others from running.
 
         Args:
             grids: Of recipes; one that several hold is trained once.
@@ -90,9 +92,13 @@ class Ablation:
 
         Returns:
             How many rows are missing at the end: not begun, or in another process's hands.
+
+        Raises:
+            UserError: Rows have failed, after all others; or the first one, by a user's mistake.
         """
         begun = time.perf_counter()
         paces: list[float] = []
+        failed: list[str] = []
         rows = self._distinct(grids, seeds)
         for grid, row, seed in rows:
             spent = time.perf_counter() - begun
@@ -104,12 +110,24 @@ class Ablation:
                 print(f"[{title}] not begun: {left:.0f} s are left")
                 continue
             with lock(self._run_dir(row, seed).with_suffix(".lock")) as mine:
-                if mine:
-                    self._finish(grid, row, seed, title)
-                else:
+                if not mine:
                     print(f"[{title}] is in another process's hands", flush=True)
-            if mine and not trained:  # the first one also loads the target and makes the features
-                paces.append(time.perf_counter() - begun - spent)
+                    continue
+                try:
+                    if self._finish(grid, row, seed, title):
+                        # the first one also loads the target and makes the features
+                        paces.append(time.perf_counter() - begun - spent)
+                except Exception as error:
+                    if isinstance(error, UserError) and not paces:
+                        raise  # probably every row's
+                    traceback.print_exc()
+                    failed.append(f"{title} ({_first_line(error)})")
+                    _check_device()
+        if failed:
+            raise UserError(
+                f"{len(failed)} of the rows failed, the others are kept: {'; '.join(failed)}. The "
+                "same command tries them again."
+            )
         return sum(not self._row_path(*row).exists() for row in rows)
 
     def _distinct(self, grids: Sequence[Grid], seeds: int) -> list[tuple[Grid, Row, int]]:
@@ -154,13 +172,15 @@ class Ablation:
             lines.append("no run is finished yet, so there is nothing to estimate time from")
         return lines
 
-    def _finish(self, grid: Grid, row: Row, seed: int, title: str) -> None:
+    def _finish(self, grid: Grid, row: Row, seed: int, title: str) -> bool:
+        """Does what a row lacks; returns whether it was trained."""
         path = self._row_path(grid, row, seed)
         if path.exists() and not self.fresh:
             print(f"[{title}] is there: {path.name}", flush=True)
-            return
+            return False
         run_dir = self._run_dir(row, seed)
-        if not self._trained(row, seed):
+        trains = not self._trained(row, seed)
+        if trains:
             print(f"[{title}] trains in {run_dir}", flush=True)
             begun = time.perf_counter()
             self.train(row.arguments(seed, self.overrides), run_dir)
@@ -188,6 +208,7 @@ class Ablation:
             for drafter in _models(result)
         )
         print(f"[{title}] average accepted length: {lengths}", flush=True)
+        return trains
 
     def _trained(self, row: Row, seed: int) -> bool:
         return (self._run_dir(row, seed) / "finished.json").exists()
@@ -267,6 +288,16 @@ class Ablation:
                 label = name if size == trained else f"{name}{AT_SIZE}{size}"
                 found = Found(content["seed"], drafter, result, record)
                 entries.setdefault(label, []).append(found)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _check_device() -> None:
+    """Raises where a failed row has left the GPU unusable for this process."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _models(result: Mapping[str, Any]) -> list[dict[str, Any]]:
