@@ -143,9 +143,10 @@ def test_a_row_that_fails_keeps_no_other_from_running(place, monkeypatch, capsys
             return train(arguments, run_dir)
         raise RuntimeError("this row can't be trained\nand more of it")
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(evaluate, "train_row", fails)
-        run(place)
+        with pytest.raises(SystemExit):
+            run(place)
     printed = capsys.readouterr()
     assert "+ chain, seed 0] average accepted length" in printed.out
     said = (
