@@ -400,7 +400,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     """Returns a markdown table; GB are 1e9 bytes."""
     head = ("recipe", "target + drafter, M", "rows x tokens", "s a micro-batch", "target's pass")
     head += ("s a step", "blocks/s", "tokens/s", "peak GB", "target GB", "step GB", "predicted")
-    head += ("of it", "GB over weights and optimizer", f"h an epoch of {EPOCH_ROWS:,} rows")
+    head += ("step of predicted", "GB over weights and optimizer", f"h an epoch of {EPOCH_ROWS:,} rows")
     lines = []
     for row in rows:
         if "failed" in row:
