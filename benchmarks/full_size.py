@@ -400,7 +400,8 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     """Returns a markdown table; GB are 1e9 bytes."""
     head = ("recipe", "target + drafter, M", "rows x tokens", "s a micro-batch", "target's pass")
     head += ("s a step", "blocks/s", "tokens/s", "peak GB", "target GB", "step GB", "predicted")
-    head += ("step of predicted", "GB over weights and optimizer", f"h an epoch of {EPOCH_ROWS:,} rows")
+    head += ("step of predicted", "GB over weights and optimizer")
+    head += (f"h an epoch of {EPOCH_ROWS:,} rows",)
     lines = []
     for row in rows:
         if "failed" in row:
@@ -437,11 +438,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--recipes", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the clock")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps on the clock")
+    parser.add_argument("--steps", type=int, help="optimizer steps on the clock: 2, a toy's 1")
     parser.add_argument("--output", help="JSON lines; what is there is not run again")
     parser.add_argument("--table", help="print the table of such a file, and measure nothing")
     parser.add_argument("--toy", action="store_true", help="narrow targets on the CPU")
     options = parser.parse_args(arguments)
+    if options.steps is None:
+        options.steps = 1 if options.toy else 2
+    if options.toy:
+        torch.set_num_threads(1)  # on a busy machine such small products wait for their threads
     with one_sentence_errors():
         if options.table:
             if not Path(options.table).is_file():
