@@ -193,14 +193,14 @@ def measure(case: Case, make: Callable[[Case], Competitor], warmup: int, steps: 
         torch.cuda.synchronize()
     marks = []
     for _ in range(steps):
-        marks.append([_mark(on_gpu)])
+        marks.append([mark(on_gpu)])
         loss = competitor.forward()
-        marks[-1].append(_mark(on_gpu))
+        marks[-1].append(mark(on_gpu))
         competitor.backward(loss)
-        marks[-1].append(_mark(on_gpu))
+        marks[-1].append(mark(on_gpu))
         competitor.update()
-        marks[-1].append(_mark(on_gpu))
-    times = [[_milliseconds(a, b) for a, b in itertools.pairwise(m)] for m in marks]
+        marks[-1].append(mark(on_gpu))
+    times = [[milliseconds(a, b) for a, b in itertools.pairwise(m)] for m in marks]
     forward, backward, update = (statistics.median(column) for column in zip(*times, strict=True))
     step = statistics.median(map(sum, times))
     blocks = case.batch.anchors.numel()
@@ -219,7 +219,8 @@ def measure(case: Case, make: Callable[[Case], Competitor], warmup: int, steps: 
     return row
 
 
-def _mark(on_gpu: bool) -> Any:
+def mark(on_gpu: bool) -> Any:
+    """Returns a point in time, of the device's work on a GPU; the host waits for nothing."""
     if not on_gpu:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -227,7 +228,8 @@ def _mark(on_gpu: bool) -> Any:
     return event
 
 
-def _milliseconds(a: Any, b: Any) -> float:
+def milliseconds(a: Any, b: Any) -> float:
+    """Returns the time between two marks; waits until the second has been reached."""
     if isinstance(a, float):
         return (b - a) * 1e3
     b.synchronize()
@@ -240,10 +242,10 @@ def matrix_rate(device: torch.device) -> float:
     size, times = (8192, 20) if on_gpu else (1024, 5)
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
     a @ a
-    start = _mark(on_gpu)
+    start = mark(on_gpu)
     for _ in range(times):
         a @ a
-    return 2 * size**3 * times / _milliseconds(start, _mark(on_gpu)) / 1e9
+    return 2 * size**3 * times / milliseconds(start, mark(on_gpu)) / 1e9
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -317,7 +319,7 @@ def _check(case: Case, shapes: str, drafters: Sequence[str]) -> None:
             try:
                 found = str(check_specforge(case, attention))
             except Exception as error:  # a peer's fault is a result
-                found = _short(error)
+                found = short_error(error)
             print(f"{shapes}: specforge ({attention}) against ours: {found}", flush=True)
             forget()
 
@@ -329,12 +331,13 @@ def _measured(case: Case, name: str, options: argparse.Namespace) -> dict[str, A
     except Exception as error:
         if name.startswith("ours") and not isinstance(error, torch.OutOfMemoryError):
             raise
-        row = {"failed": _short(error)}
+        row = {"failed": short_error(error)}
     forget()
     return row
 
 
-def _short(error: Exception) -> str:
+def short_error(error: Exception) -> str:
+    """Returns why something failed, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return (
