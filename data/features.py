@@ -182,6 +182,16 @@ class RememberedFeatures:
         kind = self._kind(last_hidden)
         return all(self._holds((row_set, layer_ids, sample), kind) for sample in samples)
 
+    def keep_only(self, last_hidden: bool) -> None:
+        """Forgets what is remembered of last_hidden in another form than is asked for now.
+
+        Runs that share what is remembered may differ in it, and a device has no room for both.
+        """
+        if kind := self._kind(last_hidden):
+            for document in self._kept.values():
+                for other in document.last.keys() - {kind}:
+                    del document.last[other]
+
     def _kind(self, last_hidden: bool) -> str | None:
         return ("soft_labels" if self.softens else "states") if last_hidden else None
 

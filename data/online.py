@@ -261,16 +261,17 @@ class OnlineHiddenStates(LightningDataModule):
         trainer, rows = self.trainer, self.train_rows
         if not self.keep_in_memory or trainer is None or dataset.features is not None:
             return
+        layer_ids, last_hidden = trainer.lightning_module.feature_request()
+        last = last_hidden is not None
+        keeper = self._keeper(last_hidden)
+        assert isinstance(keeper, RememberedFeatures)
+        keeper.keep_only(last)
         if trainer.world_size > 1 or trainer.fit_loop.done:
             return
         whole = -(-len(rows) // self.batch_size)
         steps = whole if trainer.max_steps < 0 else trainer.max_steps
         if min(self.batches_per_epoch(), steps * trainer.accumulate_grad_batches) < whole:
             return
-        layer_ids, last_hidden = trainer.lightning_module.feature_request()
-        last = last_hidden is not None
-        keeper = self._keeper(last_hidden)
-        assert isinstance(keeper, RememberedFeatures)
         lengths = [rows.tokens(i) for i in range(len(rows))]
         # what a batch takes is some measure of what the target's layers may take
         most = min(KEPT_AT_ONCE, KEPT_BATCHES * self.batch_size * max(lengths, default=1))
