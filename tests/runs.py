@@ -201,6 +201,8 @@ def _in_fork(function: Any, args: Any, output: str, environment: dict[str, str])
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
+    # a fork server hands its own method on, and loaders' workers would import everything again
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
