@@ -85,16 +85,16 @@ def test_a_killed_process_loses_nothing(setting, tmp_path):
         "--output",
         str(out),
         "--max-new-tokens",
-        "200",
+        "100",
         "--batch-size",
         "1",
     ]
     process = forked(main, words, output=tmp_path / "printed")
     partial = tmp_path / "out.jsonl.gz.partial"
-    for _ in range(600):
+    for _ in range(6000):
         if partial.exists() and partial.read_bytes().count(b"\n") >= 2:
             break
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.kill()
     process.join()
     assert not out.exists()
