@@ -229,6 +229,7 @@ def joined(processes: list[BaseProcess], timeout: float) -> None:
     finally:
         for process in processes:
             _kill(process)
+            process.kill()  # one that does not lead its group yet
             process.join()
 
 
@@ -237,7 +238,7 @@ def cli_fork(
     command: str = "fit",
     extra: tuple[str, ...] = (),
     ranks: int = 1,
-    timeout: float = 60,
+    timeout: float = 120,
     **changes: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `train.py COMMAND` in forked processes, one a rank, as `cli_process` does from nothing.
