@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-LONGEST = ("resume_matrix", "real_target", "run_ddp", "run_fsdp2", "data_cache", "run_training")
+LONGEST = (
+    "resume_matrix",
+    "real_target",
+    "run_ddp",
+    "run_training",
+    "data_cache_fill",
+    "run_fsdp2",
+    "data_cache",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from benchmarks.curves import scalars as scalars
 from tests.tiny import tiny_target_dir
@@ -112,10 +119,30 @@ def train(words: list[str]) -> Any:
         patch.delenv(RUN_DIR_VARIABLE, raising=False)
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         patch.setattr(sys, "argv", ["train.py"])
+        patch.setattr(DrafterCLI, "setup_parser", _built_once)
         try:
             return main(words)
         finally:
             os.environ.pop(RUN_DIR_VARIABLE, None)
+
+
+_PARSER: dict[str, Any] = {}
+
+
+def _built_once(self: DrafterCLI, *args: Any) -> None:
+    """Gives a CLI the parsers that the first one of this process built: they keep no values."""
+    if not _PARSER:
+        _SETUP_PARSER(self, *args)
+        _PARSER.update(
+            {
+                name: getattr(self, name)
+                for name in ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+            }
+        )
+    self.__dict__.update(_PARSER)
+
+
+_SETUP_PARSER = DrafterCLI.setup_parser
 
 
 @cache
@@ -150,6 +177,114 @@ def cli_process(
     return finished(words, timeout, environment | {"OMP_NUM_THREADS": "1"})
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.runs", "tests.faults"])
+"""Importing torch and Lightning takes seconds: processes are forked from one that has."""
+
+
+def forked(function: Callable[..., Any], *args: Any, output: Path, **environment: str) -> Any:
+    """Starts `function(*args)` in a process of its own, with variables added to ours.
+
+    It leads a process group, runs in the repository's root on one thread, and writes what it prints
+    into the file `output`.
+    """
+    process = FORKS.Process(
+        target=_in_fork, args=(function, args, str(output), os.environ | environment)
+    )
+    process.start()
+    return process
+
+
+def _in_fork(function: Any, args: Any, output: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable()
+    # a fork server hands its own method on, and loaders' workers would import everything again
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def joined(processes: list[BaseProcess], timeout: float) -> None:
+    """Waits for forked processes; kills all when `timeout` s are over, or one has failed alone.
+
+    Raises:
+        AssertionError: They still ran; their output then has the stack of every thread.
+    """
+    end = time.monotonic() + timeout
+    try:
+        while any(process.is_alive() for process in processes):
+            if time.monotonic() > end:
+                _show_stacks([pid for each in processes for pid in _members(each.pid)])
+                raise AssertionError(f"{processes} still ran after {timeout:.0f} s.")
+            running = [process.sentinel for process in processes if process.is_alive()]
+            if len(running) < len(processes) and any(process.exitcode for process in processes):
+                end = min(end, time.monotonic() + 20)  # the others end as it did, or wait for it
+            wait(running, timeout=1)
+    finally:
+        for process in processes:
+            _kill(process)
+            process.kill()  # one that does not lead its group yet
+            process.join()
+
+
+def cli_fork(
+    folder: Path,
+    command: str = "fit",
+    extra: tuple[str, ...] = (),
+    ranks: int = 1,
+    timeout: float = 120,
+    **changes: Any,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `train.py COMMAND` in forked processes, one a rank, as `cli_process` does from nothing.
+
+    Only Lightning's own start of the other ranks is left out: they get the variables it gives them.
+
+    Raises:
+        AssertionError: The run outlasted `timeout` s, or its ranks end with different codes.
+    """
+    path = folder / f"{command}.fork.yaml"
+    settings = config(folder, **changes)
+    path.write_text(yaml.safe_dump(settings))
+    outputs = [folder / f"{command}.{rank}.out" for rank in range(ranks)]
+    variables: dict[str, str] = {}
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+        variables |= {"WORLD_SIZE": str(ranks), RUN_DIR_VARIABLE: settings["run_dir"]}
+    words = [command, "--config", str(path), *extra]
+    processes = [
+        forked(_run_rank, rank, ranks, words, output=output, **variables)
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        joined(processes, timeout)
+        codes = [process.exitcode for process in processes]
+        assert len(set(codes)) == 1, codes
+    except AssertionError as error:
+        said = "\n".join(output.read_text()[-10000:] for output in outputs)
+        raise AssertionError(f"{words}: {error}\n{said}") from None
+    said = "".join(output.read_text() for output in outputs)
+    return subprocess.CompletedProcess(words, codes[0], said, "")
+
+
+def _run_rank(rank: int, ranks: int, words: list[str]) -> None:
+    if ranks > 1:
+        os.environ["LOCAL_RANK"] = str(rank)
+    else:
+        os.environ.pop(RUN_DIR_VARIABLE, None)
+    rank_zero_only.rank = rank  # Lightning reads it when it is imported
+    sys.argv = ["train.py", *words]
+    main()
+
+
 def finished(
     words: list[str], timeout: float, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
@@ -170,11 +305,7 @@ def finished(
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        for pid in _members(process.pid):  # one after another: they write to one pipe
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGABRT)
-            time.sleep(0.3)
-        time.sleep(1)
+        _show_stacks(_members(process.pid))
         _kill(process)
         out, err = process.communicate()
         raise AssertionError(
@@ -184,6 +315,14 @@ def finished(
         _kill(process)
         raise
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _show_stacks(pids: list[int]) -> None:
+    for pid in pids:  # one after another: they write to one pipe
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGABRT)
+        time.sleep(0.3)
+    time.sleep(1)
 
 
 def _members(group: int) -> list[int]:
@@ -196,7 +335,7 @@ def _members(group: int) -> list[int]:
     return sorted(found) or [group]
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: Any) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ from data.sampler import shuffled
 from drafter.errors import UserError
 from drafter.module import DrafterModule
 from drafter.target import Target
-from tests.runs import ROOT, cli, config, find_target, weights, write_rows
+from tests.runs import cli, config, find_target, forked, joined, weights, write_rows
 from tests.tiny import tiny_target_dir
 
 LAYERS = [0, 2]
@@ -369,24 +367,17 @@ def test_another_build_into_the_same_folder_is_refused(built):
 # ---------------------------------------------------------------- kills and many processes
 
 
-def build_process(folder, name):
-    code = (
-        "import sys; sys.path.insert(0, '.')\n"
-        "from tests.test_data_cache import build\nfrom pathlib import Path\n"
-        f"build(Path({str(folder)!r}), {name!r})\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def build_process(folder, name, output):
+    return forked(build, folder, name, output=output)
 
 
-def test_killed_while_building_it_goes_on_and_ends_the_same(built):
+def test_killed_while_building_it_goes_on_and_ends_the_same(built, tmp_path):
     name, folder = "killed", built / "killed"
-    process = build_process(built, name)
-    while not list(folder.glob("shard-*.json")) and process.poll() is None:
+    process = build_process(built, name, tmp_path / "printed")
+    while not list(folder.glob("shard-*.json")) and process.is_alive():
         pass
     process.kill()
-    process.wait()
+    process.join()
     done = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*.safetensors")}
     whole = {f.with_suffix(".safetensors").name for f in folder.glob("shard-*.json")}
     names = [shard.file for shard in read_manifest(built / "made").shards]
@@ -401,11 +392,12 @@ def test_killed_while_building_it_goes_on_and_ends_the_same(built):
     assert not list(folder.glob("*.part"))
 
 
-def test_two_processes_build_one_cache(built):
-    processes = [build_process(built, "together") for _ in range(2)]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output.decode()
+def test_two_processes_build_one_cache(built, tmp_path):
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    processes = [build_process(built, "together", output) for output in outputs]
+    joined(processes, timeout=120)
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.exitcode == 0, output.read_text()
     manifest = read_manifest(built / "together")
     assert faults(built / "together", manifest, progress=False) == {}
     assert [s.sha256 for s in manifest.shards] == [

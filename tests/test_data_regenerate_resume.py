@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -18,7 +14,7 @@ from data.regenerate import main, regenerate
 from drafter.errors import UserError
 from drafter.sampling import Sampling
 from drafter.target import Target
-from tests.runs import ROOT
+from tests.runs import forked
 from tests.tiny import tiny_target_dir
 
 
@@ -81,10 +77,7 @@ def test_a_run_broken_off_and_resumed_writes_what_an_unbroken_one_writes(
 def test_a_killed_process_loses_nothing(setting, tmp_path):
     folder, path, _, _ = setting
     out = tmp_path / "out.jsonl.gz"
-    command = [
-        sys.executable,
-        "-m",
-        "data.regenerate",
+    words = [
         "--target",
         path,
         "--prompts",
@@ -92,22 +85,21 @@ def test_a_killed_process_loses_nothing(setting, tmp_path):
         "--output",
         str(out),
         "--max-new-tokens",
-        "200",
+        "100",
         "--batch-size",
         "1",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    process = forked(main, words, output=tmp_path / "printed")
     partial = tmp_path / "out.jsonl.gz.partial"
-    for _ in range(600):
+    for _ in range(6000):
         if partial.exists() and partial.read_bytes().count(b"\n") >= 2:
             break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
     assert not out.exists()
     before = partial.read_bytes()
-    main(command[3:])
+    main(words)
     assert not partial.exists()
     from data.regenerate import _read
 

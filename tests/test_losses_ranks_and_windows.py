@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from losses import CombinedLoss
 from tests import losses_twins as twins
+from tests.runs import forked, joined
 
 NUM_SLOTS = 7
 RANK_0 = (7, 3)  # 10 scored slots
@@ -177,47 +176,29 @@ def test_the_vector_has_the_same_length_whether_a_term_is_on_or_off(alpha):
     assert lengths[0] == lengths[1]
 
 
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-from losses import CombinedLoss
-from tests import test_losses_ranks_and_windows as here
-from tests import losses_twins as twins
+def one_of_two(rank, folder):
+    """Writes the loss and the gradient of a rank that adds up over gloo."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    def over_gloo(vector):
+        vector = vector.clone()
+        dist.all_reduce(vector)
+        return vector
 
-def over_gloo(vector):
-    vector = vector.clone()
-    dist.all_reduce(vector)
-    return vector
-
-scores = here.rank_scores(torch.float32)[rank]
-out = CombinedLoss()(scores, 0.0, reduce=over_gloo)
-torch.save((out.total.detach(), twins.gradient(out.total, scores)), f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
+    scores = rank_scores(torch.float32)[rank]
+    out = CombinedLoss()(scores, 0.0, reduce=over_gloo)
+    torch.save((out.total.detach(), twins.gradient(out.total, scores)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_gloo_processes_give_the_single_process_gradient(tmp_path):
-    root = Path(__file__).parents[1]
+    outputs = [tmp_path / f"{rank}.txt" for rank in (0, 1)]
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)],
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
+        forked(one_of_two, rank, tmp_path, output=output) for rank, output in enumerate(outputs)
     ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=120)
-            assert worker.returncode == 0, errors[-2000:]
-    finally:
-        for worker in workers:
-            worker.kill()
+    joined(workers, timeout=60)
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.exitcode == 0, output.read_text()
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     union = twins.joined(rank_scores(torch.float32))
     expected = CombinedLoss()(union, 0.0).total

@@ -25,7 +25,7 @@ from tests.runs import (
     OVERLAYS,
     ROOT,
     cli,
-    cli_process,
+    cli_fork,
     config,
     find_target,
     same,
@@ -120,8 +120,8 @@ def run(place: Path, name: str, case: Case, extra=(), check=0):
             code, said = stop.code, ""
     else:
         overlay = DDP if case.ranks == 2 else ()
-        done = cli_process(place, extra=(*overlay, *extra), **changes)
-        code, said = done.returncode, done.stdout + done.stderr
+        done = cli_fork(place, extra=(*overlay, *extra), ranks=case.ranks, **changes)
+        code, said = done.returncode, done.stdout
     assert check is None or code == check, said[-3000:]
     return code, said
 

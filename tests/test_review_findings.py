@@ -22,7 +22,7 @@ from drafter.evaluation.trajectories import (
 )
 from drafter.model import Drafter
 from drafter.sampling import Sampling
-from tests.runs import cli, cli_process, config
+from tests.runs import cli, cli_fork, config
 from tests.test_sampler_order_and_resume import make_loader
 from tests.tiny import tiny_target
 
@@ -122,10 +122,10 @@ def test_last_without_a_checkpoint_starts_again_in_the_same_folder(tmp_path):
 def test_predict_without_a_checkpoint_is_refused(tmp_path):
     rows = tmp_path / "p.jsonl"
     rows.write_text(json.dumps({"prompt": "Count them."}) + "\n")
-    done = cli_process(tmp_path, "predict", data__predict_prompts=str(rows))
+    done = cli_fork(tmp_path, "predict", data__predict_prompts=str(rows))
     assert done.returncode == 2
-    assert "error: predict needs a trained drafter" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "error: predict needs a trained drafter" in done.stdout
+    assert "Traceback" not in done.stdout
 
 
 def test_numbers_that_are_not_finite_become_null():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import finished
+from tests.runs import finished, forked, joined
 
 FORKED = """
 import os, time
@@ -41,3 +42,16 @@ def test_a_run_that_does_not_end_shows_the_stack_of_every_process_and_is_gone():
 def test_a_run_that_ends_gives_its_code_and_words():
     done = finished([sys.executable, "-c", "print('x'); raise SystemExit(3)"], 60, dict(os.environ))
     assert (done.returncode, done.stdout) == (3, "x\n")
+
+
+def sleeps():
+    """What a forked process does that never ends."""
+    time.sleep(600)
+
+
+def test_a_forked_run_that_does_not_end_shows_its_stack_and_is_gone(tmp_path):
+    process = forked(sleeps, output=tmp_path / "printed")
+    with pytest.raises(AssertionError, match="still ran after 5 s"):
+        joined([process], 5)
+    assert "in sleeps" in (tmp_path / "printed").read_text()
+    assert not runs(process.pid)
