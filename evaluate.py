@@ -25,6 +25,7 @@ from data.sharing import load_target, shared_between_runs
 from drafter.draft_length import read_draft_length, write_draft_length
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.ablation import Ablation
+from drafter.evaluation.asked import merge_asked, read_asked
 from drafter.evaluation.calibration import find_draft_length, plot_calibration
 from drafter.evaluation.doctor import Patient, examine
 from drafter.evaluation.loading import LoadedDrafter, check_fits, load_drafter
@@ -146,6 +147,7 @@ def run_settings(config: Path | None) -> dict[str, Any]:
 def run_merge(options: argparse.Namespace) -> None:
     """Joins result files, makes all figures anew, and writes the whole as `report` does."""
     result = summarise(merge([read_result(Path(path)) for path in options.results]))
+    result["prompts"] = merge_asked(read_asked(Path(path)) for path in options.results)
     show(result)
     write_result(result, Path(options.output))
 
@@ -165,6 +167,7 @@ def run_ablation(options: argparse.Namespace) -> None:
             target = target_for([loaded], options)
             prompts, follow_up = prompts_for(target, options)
             result = report([loaded], target, prompts, follow_up, settings, features)
+            del result["prompts"]  # a table's rows are not exported
             result["overlap"] = overlap_with_runs([loaded], prompts, target.tokenizer, overlaps)
             results.append(result)
         return results

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ from torch import Tensor
 from drafter.borrowed import WEIGHTS
 from drafter.draft_vocabulary import ReducedHead
 from drafter.errors import UserError, one_sentence_errors
-from drafter.evaluation.acceptance import ACCEPTANCE, expected_acceptance
+from drafter.evaluation.acceptance import (
+    ACCEPTANCE,
+    ACCEPTANCE_PROMPTS,
+    expected_acceptance,
+    expected_prompts,
+)
+from drafter.evaluation.asked import read_asked, write_asked
 from drafter.evaluation.loading import (
     PROVENANCE,
     LoadedDrafter,
@@ -47,7 +53,9 @@ LAYOUTS = {
     "zlab": "in the z-lab layout: no embedding, no head",
     "speculators": "in the speculators library's layout: no embedding, no head",
 }
-WRITTEN = frozenset(("config.json", WEIGHTS, PROVENANCE, CONFIG, CARD, ACCEPTANCE))
+WRITTEN = frozenset(
+    ("config.json", WEIGHTS, PROVENANCE, CONFIG, CARD, ACCEPTANCE, ACCEPTANCE_PROMPTS)
+)
 """Names of what an export may write."""
 SHOWN = (
     "trainer.max_epochs",
@@ -92,6 +100,7 @@ def export(
     result: Mapping[str, Any] | None = None,
     layout: str = "zlab",
     verifier: str | None = None,
+    prompts: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes a drafter's folder; what is there is replaced only once the new one is whole.
 
@@ -105,6 +114,7 @@ def export(
         layout: One of LAYOUTS.
         verifier: What the speculators layout calls the target; what the drafter was trained for
             by default.
+        prompts: Those of the result (asked.read_asked), which go along with it.
 
     Raises:
         UserError: The dtype or the layout is unknown, the folder holds something else, the weights
@@ -165,7 +175,15 @@ def export(
         card = model_card(title or output.name, said, provenance, note, result, layout)
         write_atomic(aside / CARD, card)
         if result is not None:
-            saved = expected_acceptance(result)
+            asked = expected_prompts(result, prompts)
+            if asked:
+                write_asked(asked, aside / ACCEPTANCE_PROMPTS)
+            else:
+                print(
+                    f"{loaded.name}: its results have no prompts beside them (OUT-prompts.jsonl of "
+                    "`evaluate.py report --output OUT.json`), so none go along."
+                )
+            saved = expected_acceptance(result, len(asked))
             write_atomic(aside / ACCEPTANCE, json.dumps(saved, indent=2) + "\n")
         _put_in_place(aside, output)
     finally:
@@ -313,7 +331,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--title", help="of the card")
     parser.add_argument("--note", help="Markdown file whose text the card contains")
     parser.add_argument(
-        "--results", help="JSON file of `evaluate.py report`, for the card and acceptance.json"
+        "--results",
+        help="JSON file of `evaluate.py report`, for the card and acceptance.json; the prompts "
+        "that lie beside it go along",
     )
     parser.add_argument("--push-to-hub", metavar="NAME", help="upload it to this hub repository")
     options = parser.parse_args(words)
@@ -329,6 +349,7 @@ def main(args: list[str] | None = None) -> None:
             read_result(Path(options.results)) if options.results else None,
             options.format,
             options.verifier,
+            read_asked(Path(options.results)) if options.results else (),
         )
         print(f"{options.output}: {options.dtype}", flush=True)
         if options.push_to_hub:

@@ -15,7 +15,7 @@ from typing import Any
 
 from drafter.borrowed import tensor_files
 from drafter.errors import UserError, one_sentence_errors
-from drafter.evaluation.acceptance import ACCEPTANCE, acceptance_lines
+from drafter.evaluation.acceptance import ACCEPTANCE, acceptance_lines, prompts_lines
 from drafter.evaluation.loading import PROVENANCE
 from drafter.export_rules import IDS_RULE, SIZES_RULE, Finding, config_rules, said_by
 from drafter.export_tensors import tensor_rules
@@ -133,6 +133,7 @@ def _expected(folder: Path) -> list[str]:
     if not file.is_file():
         return [f"{ACCEPTANCE}: none; export with --results to say what to expect"]
     try:
-        return acceptance_lines(json.loads(file.read_text()))
+        saved = json.loads(file.read_text())
+        return [*acceptance_lines(saved), f"as in {file}", *prompts_lines(folder, saved)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({error}); export with --results anew.") from error

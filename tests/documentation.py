@@ -16,13 +16,20 @@ PROGRAMS = ("python", "torchrun", "make", "tensorboard")
 _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")
 _INLINE = re.compile(r"`([^`]+)`")
+_COMMENT = re.compile(r"(?:^|\s)#(.*)")
+_MARKS = {"GPU": re.compile(r"\bGPUs?\b|\bH[12]00s?\b"), "network": re.compile(r"\bnetwork\b")}
 
 
 class Command(NamedTuple):
-    """A command as a page shows it: its words, without comments."""
+    """A command as a page shows it: its words, without comments.
+
+    `needs` are those of "GPU" and "network" that the page tells its reader: in the command's
+    comment, in a line of comment above it in the same block, or, in text, in its paragraph or row.
+    """
 
     page: str
     words: tuple[str, ...]
+    needs: frozenset[str]
 
     def __str__(self) -> str:
         return f"{self.page}: {' '.join(self.words)}"
@@ -39,18 +46,29 @@ def commands(page: Path) -> list[Command]:
     text = page.read_text()
     name = str(page.relative_to(ROOT))
     found = []
-    blocks = [(body, kind) for kind, body in _FENCE.findall(text) if not kind.startswith("{")]
+    # of an indented block the paragraph above it speaks
+    blocks = [(body, kind, "") for kind, body in _FENCE.findall(text) if not kind.startswith("{")]
     text = _FENCE.sub("", text)
-    blocks += [(body, "") for body in _INDENTED.findall(text)]
-    for body, kind in blocks:
+    for block in _INDENTED.finditer(text):
+        blocks.append((block.group(), "", text[: block.start()].rstrip().rpartition("\n\n")[2]))
+    for body, kind, above in blocks:
         assert kind in ("", "sh"), f"{name}: commands stand in ``` or ```sh, not ```{kind}"
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            comment = "".join(_COMMENT.findall(line))
             if words:
                 assert words[0] in PROGRAMS, f"{name}: {line!r} is no command"
-                found.append(Command(name, tuple(words)))
-    for quoted in _INLINE.findall(_INDENTED.sub("", text)):
-        words = quoted.split()
-        if words[0] in PROGRAMS and len(words) > (3 if words[1:2] == ["-m"] else 1):
-            found.append(Command(name, tuple(shlex.split(quoted.replace("\n", " ")))))
+                found.append(Command(name, tuple(words), _marks(above + comment)))
+            else:
+                above = comment
+    for paragraph in re.split(r"\n\n|\n(?=\|)", _INDENTED.sub("", text)):
+        for quoted in _INLINE.findall(paragraph):
+            words = quoted.split()
+            if words[0] in PROGRAMS and len(words) > (3 if words[1:2] == ["-m"] else 1):
+                words = shlex.split(quoted.replace("\n", " "))
+                found.append(Command(name, tuple(words), _marks(paragraph)))
     return found
+
+
+def _marks(said: str) -> frozenset[str]:
+    return frozenset(need for need, mark in _MARKS.items() if mark.search(said))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate
 from drafter.config import DrafterConfig
 from drafter.evaluation.loading import LoadedDrafter, drafter_fingerprint, load_drafter
 from drafter.evaluation.results import summarise
@@ -20,6 +21,8 @@ from drafter.export_check import check_export, read_config
 from drafter.export_rules import said_by
 from drafter.export_tensors import expected_shapes
 from drafter.model import Drafter
+from drafter.target import Target
+from tests.runs import QUESTIONS, cli, find_target
 
 
 def made() -> LoadedDrafter:
@@ -374,6 +377,11 @@ def test_measured_acceptance_goes_along_and_is_printed(tmp_path, capsys):
     assert [rate["value"] for rate in chat["accept_rate"]] == pytest.approx([0.8, 0.5, 0.25])
     assert code["accepted_length"]["value"] == pytest.approx(3.0)
     assert one["sets"]["average"]["accepted_length"]["value"] == pytest.approx(2.65)
+    assert one["pooled"]["rounds"] == 15
+    assert one["pooled"]["accepted_length"] == pytest.approx(38 / 15)
+    assert one["pooled"]["accepted_length_unclipped"] == pytest.approx(40 / 15)
+    assert one["pooled"]["accepted_at"] == pytest.approx([13 / 15, 9 / 15, 1 / 15])
+    assert "prompts" not in saved
     capsys.readouterr()
     main(["check", str(tmp_path / "out")])
     said = capsys.readouterr().out
@@ -382,7 +390,10 @@ def test_measured_acceptance_goes_along_and_is_printed(tmp_path, capsys):
     assert "of rounds that reach it: 80 50 25 %" in said
     assert "of all rounds: 80 40 10 %" in said
     assert "of all rounds: 100 100 %" in said  # no round of code reached the third
-    assert said.count("of all rounds:") == 2  # a product of averages is no average
+    assert "all sets pooled: accepted length 2.533, last round not cut 2.667\n" in said
+    assert "of all rounds: 87 60 7 %" in said
+    assert said.count("of all rounds:") == 3  # a product of averages is no average
+    assert "no acceptance_prompts.jsonl" in said  # none lay beside the results
     export(loaded, tmp_path / "out", "float32")  # replaced as a whole: no stale figures
     assert not (tmp_path / "out" / "acceptance.json").exists()
     (tmp_path / "out" / "acceptance.json").write_text("{}")
@@ -390,3 +401,95 @@ def test_measured_acceptance_goes_along_and_is_printed(tmp_path, capsys):
         main(["check", str(tmp_path / "out")])
     assert stopped.value.code == 2
     assert "acceptance.json can't be read" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """Reports; one of a tiny run on two sets, by both modes, has been made (out.json)."""
+    tmp_path = tmp_path_factory.mktemp("reported")
+    cli(tmp_path, trainer__max_epochs=3, model__learning_rate=5e-3, verification__every_n_epochs=0)
+    turns = [{"turns": [QUESTIONS[0], QUESTIONS[1]]}, {"turns": [QUESTIONS[2]]}]
+    for name, rows in (("chat", turns), ("code", [{"prompt": "Write a list."}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def report(output, *words):
+        words = [*words, "--output", str(tmp_path / output), "--cache-dir", str(tmp_path / "cache")]
+        words += ["--max-new-tokens", "12", "--dtype", "float32", "--no-progress"]
+        evaluate.main(["report", "--ckpt", str(tmp_path / "run"), *words])
+
+    sets = [str(tmp_path / "chat.jsonl"), str(tmp_path / "code.jsonl")]
+    report("out.json", "--prompts", *sets, "--mode", "both")
+    return tmp_path, report
+
+
+def test_the_prompts_go_along_and_repeat_the_measurement(reported, capsys, monkeypatch):
+    tmp_path, _ = reported
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    words = [str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--dtype", "float32"]
+    main([*words, "--results", str(tmp_path / "out.json")])
+    saved = json.loads((tmp_path / "out" / "acceptance.json").read_text())
+    file = tmp_path / "out" / "acceptance_prompts.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert saved["prompts"] == {"file": file.name, "lines": 4}
+    assert {(row["set_name"], row["prompt_id"], row["turn"]) for row in rows} == {
+        ("chat", 0, 0),
+        ("chat", 0, 1),
+        ("chat", 1, 0),
+        ("code", 0, 0),
+    }
+    target = Target.load(str(find_target(tmp_path)), dtype="float32")
+    answers = target.generate([row["prompt_ids"] for row in rows], 12)
+    assert [row["response_ids"] for row in rows] == [one.ids for one in answers]
+    assert all(target.tokenizer.encode(row["text"]) == row["prompt_ids"] for row in rows)
+    replayed, _ = saved["measured"]
+    assert sum(row["expected"]["rounds"] for row in rows) == replayed["pooled"]["rounds"]
+    for row in rows:
+        assert row["expected"]["emitted"] == len(row["response_ids"]) - 1
+
+    capsys.readouterr()
+    main(["check", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert f"as in {tmp_path / 'out' / 'acceptance.json'}\n" in said
+    assert f"prompts: {file} (4, as token ids" in said
+    assert "vllm:spec_decode_num_accepted_tokens_per_pos" in said
+    (again,) = [line for line in said.splitlines() if line.startswith("  1. here: ")]
+    shown = shlex.split(again.removeprefix("  1. here: "))
+    assert shown[:3] == ["python", "evaluate.py", "report"]
+    evaluate.main([*shown[3:], "--output", str(tmp_path / "again.json"), "--no-progress"])
+    (one,) = json.loads((tmp_path / "again.json").read_text())["drafters"]
+    figures = one["figures"]["replay"]["sets"]["acceptance_prompts"]
+    for key in ("accepted_length", "accepted_length_unclipped"):
+        assert figures[key]["value"] == pytest.approx(replayed["pooled"][key])
+    shares = [rate["value"] for rate in figures["accept_rate"]]
+    assert shares[0] == pytest.approx(replayed["pooled"]["accepted_at"][0])
+
+
+def test_prompts_of_partial_results_are_merged_or_left_out_whole(reported, capsys):
+    tmp_path, report = reported
+    chat = str(tmp_path / "chat.jsonl")
+    for i in range(2):
+        words = ["--prompts", chat, "--skip", str(i), "--limit", "1", "--mode", "decode"]
+        report(f"part{i}.json", *words)
+    parts = [str(tmp_path / f"part{i}.json") for i in range(2)]
+    evaluate.main(["merge", *parts, "--output", str(tmp_path / "whole.json")])
+    rows = (tmp_path / "whole-prompts.jsonl").read_text().splitlines()
+    assert len(rows) == 3
+    assert all(json.loads(row)["response_ids"] for row in rows)
+    words = [str(tmp_path / "run"), "--output", str(tmp_path / "other")]
+    results = ["--results", str(tmp_path / "whole.json")]
+    main([*words, *results])
+    assert (tmp_path / "other" / "acceptance_prompts.jsonl").exists()
+    (tmp_path / "whole-prompts.jsonl").write_text("".join(f"{row}\n" for row in rows[1:]))
+    main([*words, *results])
+    assert not (tmp_path / "other" / "acceptance_prompts.jsonl").exists()
+    assert "prompts" not in json.loads((tmp_path / "other" / "acceptance.json").read_text())
+    assert "no prompts beside them" in capsys.readouterr().out
+    (tmp_path / "whole-prompts.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, *results])
+    assert stopped.value.code == 2
+    assert "whole-prompts.jsonl can't be read" in capsys.readouterr().err
+    (tmp_path / "part1-prompts.jsonl").unlink()
+    (tmp_path / "part0-prompts.jsonl").unlink()  # as an older version leaves them
+    evaluate.main(["merge", *parts, "--output", str(tmp_path / "whole.json")])
+    assert not (tmp_path / "whole-prompts.jsonl").exists()

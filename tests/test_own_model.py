@@ -1,7 +1,8 @@
-"""The five commands of docs/own-model.md, as they stand there: from a model to a served drafter."""
+"""The commands of docs/own-model.md, as they stand there: from a model to a served drafter."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.runs import ROOT, train
 from tests.tiny import tiny_target_dir
 
 SHOWN = [" ".join(command.words) for command in commands(DOCS / "own-model.md")]
-FIVE, PUBLIC = SHOWN[:5], SHOWN[5:7]
+FIVE, PUBLIC, DOCTOR = SHOWN[:5], SHOWN[5:7], SHOWN[7]
 TARGET = ROOT / ".target" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROGRAMS = {
     "python -m data.regenerate": data.regenerate.main,
@@ -48,14 +49,15 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_page_shows_five_commands_and_two():
-    assert [next(one for one in PROGRAMS if command.startswith(one)) for command in SHOWN[:7]] == [
+def test_the_page_shows_five_commands_two_and_the_doctor():
+    assert [next(one for one in PROGRAMS if command.startswith(one)) for command in SHOWN] == [
         "python -m data.regenerate",
         "python train.py",
         "python evaluate.py",
         "python -m drafter.export",
         "python -m drafter.export",
         "python train.py",
+        "python evaluate.py",
         "python evaluate.py",
     ]
 
@@ -86,6 +88,11 @@ def test_five_commands_take_a_small_model_to_a_served_drafter(place, capsys):
     acceptance = json.loads((place / "my-drafter/acceptance.json").read_text())
     (accepted,) = acceptance["measured"]
     assert accepted["sets"]["prompts"]["accepted_length"]["value"] >= 1
+
+    with contextlib.suppress(SystemExit):  # of code 1, if it finds a fault
+        run(DOCTOR, {"python evaluate.py": "--rows 2"}, {})
+    said = capsys.readouterr().out
+    assert "likely cause" in said or "no known fault" in said
 
     (place / "my-drafter").rename(place / "public-drafter")
     for command in PUBLIC:

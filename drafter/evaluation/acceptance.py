@@ -1,20 +1,25 @@
-"""What a drafter was measured to accept, kept beside an export: `acceptance.json`.
+"""What a drafter was measured to accept, kept beside an export: `acceptance.json`, and on what:
+`acceptance_prompts.jsonl`.
 
 An engine that accepts much less on the same prompts is set up wrongly; one that accepts as much has
-the drafter that was measured.
+the drafter that was measured. If evaluate.py, too, accepts less, the weights are not those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import accumulate, takewhile
+import shlex
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, takewhile, zip_longest
 from operator import mul
+from pathlib import Path
 from typing import Any
 
+from drafter.evaluation.asked import row_place
 from drafter.evaluation.results import without_nan
 from drafter.evaluation.tables import number
 
 ACCEPTANCE = "acceptance.json"
+ACCEPTANCE_PROMPTS = "acceptance_prompts.jsonl"
 FIGURES = ("prompts", "responses", "accepted_length", "accepted_length_unclipped", "accept_rate")
 HOW = {
     "replay": "the target answered every prompt alone; one drafter pass over its answer gave every "
@@ -26,17 +31,25 @@ HOW = {
     "end",
     "accept_rate": "by drafted slot, from the first: rounds that accepted it, of those that "
     "accepted all before it and drafted it",
+    "pooled": "all sets together, as an engine's counters have them: rounds; accepted_length and "
+    "accepted_length_unclipped as above; accepted_at, by slot, of all rounds",
+    "prompts": "`file` beside this one: a prompt a line, as token ids and as text, with the "
+    "target's own answer and what this drafter is expected to do on it (sums: rounds, emitted "
+    "tokens, unclipped, and rounds that accepted each slot)",
 }
 """What the figures are, for a reader of the file alone."""
+_LENGTHS = ("emitted", "unclipped")
+_POOLED = ("accepted_length", "accepted_length_unclipped")
 _SAID = ("target", "settings", "dtype", "batch_size", "command", "date", "revision", "torch")
 
 
-def expected_acceptance(result: Mapping[str, Any]) -> dict[str, Any]:
+def expected_acceptance(result: Mapping[str, Any], prompts: int = 0) -> dict[str, Any]:
     """Returns the content of acceptance.json.
 
     Args:
         result: Of `evaluate.py report`, with this drafter's figures only
             (docs/results-format.md).
+        prompts: Lines of acceptance_prompts.jsonl; 0 for none beside it.
     """
     measured = []
     for drafter in result["drafters"]:
@@ -54,11 +67,50 @@ def expected_acceptance(result: Mapping[str, Any]) -> dict[str, Any]:
                     "search": drafter.get("search"),
                     "draft_length": drafter.get("draft_length"),
                     "sets": kept,
+                    "pooled": _pooled(drafter["responses"][mode]),
                 }
             )
     said = {key: result[key] for key in (*_SAID, "device_name") if key in result}
-    content: dict[str, Any] = without_nan({"how": HOW, **said, "measured": measured})
+    beside = {"prompts": {"file": ACCEPTANCE_PROMPTS, "lines": prompts}} if prompts else {}
+    content: dict[str, Any] = without_nan({"how": HOW, **said, **beside, "measured": measured})
     return content
+
+
+def _pooled(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the figures of responses taken together; rows are tallies as plain values."""
+    sums = {key: sum(row["counts"][key] for row in rows) for key in ("rounds", *_LENGTHS)}
+    rounds = sums["rounds"] or float("nan")
+    return {
+        "rounds": sums["rounds"],
+        "accepted_length": sums["emitted"] / rounds,
+        "accepted_length_unclipped": sums["unclipped"] / rounds,
+        "accepted_at": [
+            sum(slot) / rounds
+            for slot in zip_longest(*(row["accepted_at"] for row in rows), fillvalue=0.0)
+        ],
+    }
+
+
+def expected_prompts(
+    result: Mapping[str, Any], prompts: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns the rows of acceptance_prompts.jsonl; none unless each response's prompt is there.
+
+    Args:
+        result: As in `expected_acceptance`. Of several ways to draft or to measure, the first's
+            counts stand in the rows.
+        prompts: Rows of the result's prompts (asked.asked_rows).
+    """
+    known = {row_place(row): row for row in prompts}
+    found = []
+    for tally in next(iter(result["drafters"][0]["responses"].values()), ()):
+        place = tally["set_name"], tally["prompt_id"], tally["turn"], tally["prompt"]
+        if place not in known:
+            return []
+        counts = {key: tally["counts"][key] for key in ("rounds", *_LENGTHS)}
+        expected = {**counts, "accepted_at": tally["accepted_at"]}
+        found.append({**known[place], "expected": without_nan(expected)})
+    return found
 
 
 def acceptance_lines(saved: Mapping[str, Any]) -> list[str]:
@@ -89,7 +141,55 @@ def acceptance_lines(saved: Mapping[str, Any]) -> list[str]:
             if rates and name != "average":  # a product of averages is no set's
                 reached = accumulate(rates, mul)
                 lines.append(f"    by slot, of all rounds: {_percent(list(reached))} %")
+        pooled = one.get("pooled")
+        if pooled and len(one["sets"]) > 2:  # more than one beside the average
+            length, loose = (number(pooled[key], 3) for key in _POOLED)
+            lines.append(f"  all sets pooled: accepted length {length}, last round not cut {loose}")
+            lines.append(f"    by slot, of all rounds: {_percent(pooled['accepted_at'])} %")
     return lines
+
+
+def prompts_lines(folder: Path, saved: Mapping[str, Any]) -> list[str]:
+    """Returns what was measured on, and how to tell a checkpoint's fault from an engine's.
+
+    Source: vLLM's metrics of speculative decoding (`vllm:spec_decode_*`) and SGLang's
+    `spec_verify_ct` of a reply.
+
+    Args:
+        folder: Of the export.
+        saved: Content of its acceptance.json.
+    """
+    file = folder / ACCEPTANCE_PROMPTS
+    if not file.is_file():
+        return [f"prompts: no {ACCEPTANCE_PROMPTS}; make the report anew and export with --results"]
+    settings = saved.get("settings") or {}
+    sampling = settings.get("sampling") or {}
+    limit, temperature = settings.get("max_new_tokens"), sampling.get("temperature")
+    words = ["python", "evaluate.py", "report", "--ckpt", str(folder), "--prompts", str(file)]
+    for flag, value, default in (
+        ("--max-new-tokens", limit, None),
+        ("--dtype", saved.get("dtype"), None),
+        ("--temperature", temperature, 0.0),
+        ("--top-k", sampling.get("top_k"), 0),
+        ("--top-p", sampling.get("top_p"), 1.0),
+    ):
+        words += [flag, str(value)] if value not in (None, default) else []
+    count = len(file.read_text().splitlines())
+    return [
+        f"prompts: {file} ({count}, as token ids, with the target's own answers)",
+        *([f"  measured by: {saved['command']}"] if saved.get("command") else []),
+        f"  1. here: {shlex.join(words)}",
+        f"  2. in the engine: send each line's prompt_ids, temperature {temperature}, at most "
+        f"{limit} tokens, nothing else; then read its counters",
+        "    vLLM: 1 + vllm:spec_decode_num_accepted_tokens / vllm:spec_decode_num_drafts is the "
+        "accepted length, last round not cut;",
+        "      vllm:spec_decode_num_accepted_tokens_per_pos / the same is acceptance by slot, of "
+        "all rounds",
+        "    SGLang: completion_tokens / spec_verify_ct of a reply's meta_info is about the "
+        "accepted length",
+        "  less than above in 1: the checkpoint or the target is at fault; only in 2: the engine's "
+        "set-up (where texts differ from response_ids: its target, dtype or sampling)",
+    ]
 
 
 def _percent(rates: list[float]) -> str:

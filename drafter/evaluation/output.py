@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from drafter.evaluation.asked import asked_path, write_asked
 from drafter.evaluation.grid_page import grid_page, page_stem
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.page import html_page
@@ -25,9 +26,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Writes `<stem>.json`, and beside it `<stem>.md`, `<stem>-*.png` and `<stem>.html`."""
-    result = without_nan(result)
+    """Writes `<stem>.json`, and beside it `<stem>.md`, `<stem>-*.png`, `<stem>.html` and, of the
+    result's `prompts`, `<stem>-prompts.jsonl`.
+    """
+    prompts = result.get("prompts")
+    result = without_nan({key: value for key, value in result.items() if key != "prompts"})
     stem = path.with_suffix("")
+    if prompts:
+        write_asked(prompts, asked_path(path))
+    else:  # another result's
+        asked_path(path).unlink(missing_ok=True)
     write_atomic(path, json.dumps(result, indent=1) + "\n")
     write_atomic(stem.with_name(f"{stem.name}.md"), markdown(result))
     write_plots(result, stem)

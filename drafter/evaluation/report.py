@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from drafter.errors import UserError
+from drafter.evaluation.asked import asked_rows
 from drafter.evaluation.audit import Auditor, Divergence
 from drafter.evaluation.loading import LoadedDrafter, check_fits
 from drafter.evaluation.measure import FeatureStore
@@ -101,6 +102,8 @@ def report(
 ) -> dict[str, Any]:
     """Returns every drafter's responses and figures on every prompt set and on their average.
 
+    `prompts` are the rows of asked.asked_rows, which a result file has beside it, not in it.
+
     Args:
         drafters: Measured on the same trajectories; those that don't fit the target are left out.
         target: Of all of them.
@@ -150,6 +153,16 @@ def report(
         },
         "skipped": [asdict(entry) for entry in prepared.skipped],
         "misfits": misfits,
+        "prompts": asked_rows(
+            prepared.prompts,
+            prepared.trajectories,
+            {
+                place: ids
+                for modes in found.values()
+                if "decode" in modes
+                for place, ids in modes["decode"].plain_ids.items()
+            },
+        ),
         "drafters": [
             _drafter_entry(name, modes, {loaded.name: loaded for loaded in fitting})
             for name, modes in found.items()
