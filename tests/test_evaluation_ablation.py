@@ -222,6 +222,26 @@ def test_rows_are_compared_on_the_seeds_that_both_have(place):
     assert alone["average"]["difference"]["value"] == pytest.approx(wanted)
 
 
+def test_rows_are_compared_with_those_that_the_grid_names(place):
+    write_grid(place, place / "base.yaml")
+    grid = yaml.safe_load((place / "grid.yaml").read_text())
+    grid["rows"].append({**grid["rows"][1], "name": "again", "flags": {"model.loss.gamma": 3.0}})
+    run_pairs = {}
+    for name, against in {"default": None, "named": ["uniform"], "late": ["+ chain"]}.items():
+        (place / "grid.yaml").write_text(yaml.safe_dump({**grid, "against": against}))
+        run(place)
+        (result,) = results(place)
+        run_pairs[name] = list(dict.fromkeys((c["a"], c["b"]) for c in result["comparisons"]))
+    first, second = ("+ chain", "uniform"), ("again", "uniform")
+    assert run_pairs["default"] == [first, second, ("again", "+ chain")]
+    assert run_pairs["named"] == [first, second]
+    # the first two have none of those named before them
+    assert run_pairs["late"] == [first, ("again", "+ chain")]
+    (place / "grid.yaml").write_text(yaml.safe_dump({**grid, "against": ["no such row"]}))
+    with pytest.raises(UserError, match="against must be a list of the grid's rows"):
+        read_grid(place / "grid.yaml")
+
+
 def test_a_table_names_the_rows_machines_and_dates_not_its_own(place):
     run(place)
     for n, path in enumerate(sorted((place / "out" / "rows").glob("*.json"))):

@@ -6,6 +6,7 @@ only widths are tiny, so layer ids and mask token are those of the recipe.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -304,4 +305,4 @@ def test_a_recipe_is_the_paper_s_and_its_comments_hold(name):
     assert f"{real.billions * 2:.1f} GB of target in bf16" in said
     a_token = len(config.target_layer_ids) * real.hidden * 2
     assert f"{a_token / 1e3:.1f} GB per million tokens kept" in said
-    assert "Hours: not measured" in said
+    assert re.search(r"Hours: \d\.\d an epoch of 200,000 rows of full length on one H200", said)

@@ -261,7 +261,7 @@ class Ablation:
             "format": FORMAT,
             "grid": grid.name,
             "drafters": [_entry(name, found, resamples) for name, found in entries.items()],
-            "comparisons": _comparisons(entries, resamples),
+            "comparisons": _comparisons(entries, grid.against, resamples),
             "overlap": {
                 name: found[0].result.get("overlap", {}).get(found[0].drafter["name"], {})
                 for name, found in entries.items()
@@ -338,13 +338,19 @@ def _entry(name: str, found: Sequence[Found], resamples: int) -> dict[str, Any]:
     }
 
 
-def _comparisons(entries: Mapping[str, Sequence[Found]], resamples: int) -> list[dict[str, Any]]:
-    """Every row against the first, and against the one before it, on the seeds that both have."""
+def _comparisons(
+    entries: Mapping[str, Sequence[Found]], against: Sequence[str], resamples: int
+) -> list[dict[str, Any]]:
+    """Every row against those named, on the seeds that both have.
+
+    By default against the first, and against the one before it.
+    """
     rows = []
     names = [name for name in entries if OLDER not in name]
     for mode in ("replay", "decode"):
         for place, name in enumerate(names[1:], 1):
-            for other in dict.fromkeys((names[0], names[place - 1])):
+            others = [o for o in against if o in names[:place]] or [names[0], names[place - 1]]
+            for other in dict.fromkeys(others):
                 seeds = {one.seed for one in entries[name]} & {one.seed for one in entries[other]}
                 a, b = (_runs(entries[which], mode, seeds) for which in (name, other))
                 if a and len(a) == len(b):

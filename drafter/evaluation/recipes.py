@@ -11,6 +11,7 @@ For example:
         flags: {model.block_size: 8}
     block_sizes: [8, 16]              # to decode with; default: each row's own
     one_budget: true                  # rows may not change steps, rows of data or anchors
+    against: [uniform]                # rows to compare with; default: the first, and the one before
 """
 
 from __future__ import annotations
@@ -88,11 +89,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """Recipes that are compared."""
+    """Recipes that are compared.
+
+    Attributes:
+        name: The file's, without its ending.
+        rows: Of the table, in its order.
+        block_sizes: To decode with; None for each row's own.
+        against: Names of rows that those after them are compared with; none for the first row and
+            the one before.
+    """
 
     name: str
     rows: tuple[Row, ...]
     block_sizes: tuple[int | None, ...] = (None,)
+    against: tuple[str, ...] = ()
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -104,9 +114,11 @@ def read_grid(path: str | Path) -> Grid:
     """
     where = Path(path)
     content = read_yaml(path, "grid")
-    known = {"base", "rows", "block_sizes", "one_budget"}
+    known = {"base", "rows", "block_sizes", "one_budget", "against"}
     if not isinstance(content.get("rows"), list) or not content["rows"] or set(content) - known:
-        raise UserError(f"{path}: a grid has `base`, `rows`, and perhaps block_sizes, one_budget.")
+        raise UserError(
+            f"{path}: a grid has `base`, `rows`, and perhaps block_sizes, one_budget, against."
+        )
     base = _configs(content.get("base", []), f"{path}: base")
     rows: list[Row] = []
     for entry in content["rows"]:
@@ -126,7 +138,10 @@ def read_grid(path: str | Path) -> Grid:
     for size in sizes:
         if size is not None:
             check_block_size(size)
-    return Grid(where.stem, tuple(rows), tuple(sizes))
+    against = content.get("against") or []
+    if not isinstance(against, list) or not {row.name for row in rows} >= set(map(str, against)):
+        raise UserError(f"{path}: against must be a list of the grid's rows, not {against!r}.")
+    return Grid(where.stem, tuple(rows), tuple(sizes), tuple(map(str, against)))
 
 
 def _row(entry: Any, base: Sequence[str], path: str | Path) -> Row:
