@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import pytest
 
 from drafter.errors import UserError
 from drafter.evaluation.intervals import RESAMPLES
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.page import html_page
-from drafter.evaluation.plots import plot_result
+from drafter.evaluation.plots import COLOURS, plot_result
 from drafter.evaluation.results import FORMAT, read_result, summarise, without_nan
 from drafter.evaluation.tables import short_names, table
 from tests.test_evaluation_intervals import tallies
@@ -139,6 +141,17 @@ def test_plots_are_pictures_and_the_same_each_time(result):
     assert list(plots) == ["accepted_length", "acceptance_by_position", "waste"]
     assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for png in plots.values())
     assert plot_result(result) == plots
+
+
+def test_more_rows_than_colours_tell_apart_have_a_line_each(result):
+    def heights(rows):
+        drafters = [{**result["drafters"][i % 2], "name": f"row {i}"} for i in range(rows)]
+        plots = plot_result({**result, "drafters": drafters})
+        return [plt.imread(io.BytesIO(png)).shape[0] for png in plots.values()]
+
+    few, many, more = heights(len(COLOURS)), heights(len(COLOURS) + 1), heights(24)
+    assert few == heights(len(COLOURS) - 1)  # bars stand side by side
+    assert all(b > a for a, b in zip(many, more, strict=True))
 
 
 def test_figures_are_made_of_the_responses_alone(result):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from drafter.evaluation.results import AVERAGE, by_block_size, by_search, names_
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
 """Paul Tol's bright scheme: told apart by the colour-blind too. More rows than these get shades."""
 
+TOO_WIDE = 0.4
+"""Of an interval: from where so little is known on, fields stay blank."""
 SEARCH_STYLES = {"one draft": ("*", ""), "tree": ("o", "-"), "self-select": ("s", "--")}
 """Marker and line of each way to draft."""
 
@@ -61,15 +64,16 @@ def write_plots(result: Mapping[str, Any], stem: Path) -> list[Path]:
 def _bars(
     drafters: Mapping[str, Any], sets: Sequence[str], figure: str, label: str, floor: float = 0.0
 ) -> bytes:
-    plt = pyplot()
     names = [*sets, AVERAGE] if len(sets) > 1 else list(sets)
+    if len(drafters) > len(COLOURS):
+        return _points(drafters, names, figure, label)
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(max(5.0, 1.4 * len(names) + 2), 3.8), layout="constrained")
     width = 0.8 / max(1, len(drafters))
     for n, figures in enumerate(drafters.values()):
         for place, name in enumerate(names):
-            own = figures[AVERAGE] if name == AVERAGE else figures["sets"].get(name, {})
-            found = own.get(figure)
-            if not found or _none(found["value"]):
+            found = _found(figures, name, figure)
+            if found is None:
                 continue
             at = place + (n - (len(drafters) - 1) / 2) * width
             value = found["value"]
@@ -92,7 +96,47 @@ def _bars(
     return to_png(plt, fig)
 
 
+def _points(drafters: Mapping[str, Any], names: Sequence[str], figure: str, label: str) -> bytes:
+    """More rows than colours tell apart: a line for each, a field for each set."""
+    plt = pyplot()
+    fig, axes = plt.subplots(
+        1,
+        len(names),
+        figsize=(1.7 * len(names) + 2.6, 0.26 * len(drafters) + 1.0),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, name in zip(axes.flat, names, strict=True):
+        for y, figures in enumerate(drafters.values()):
+            found = _found(figures, name, figure)
+            if found is None:
+                continue
+            value = found["value"]
+            if y == 0:
+                ax.axvline(value, color="black", linewidth=0.8, linestyle=":")
+            ax.plot(value, y, "o", markersize=4, color=COLOURS[0])
+            if not _none(found["low"]):
+                ax.plot([found["low"], found["high"]], [y, y], color=COLOURS[0], linewidth=1.2)
+        ax.set_title(name, fontsize=10)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].set_yticks(range(len(drafters)), list(drafters))
+    axes.flat[0].invert_yaxis()  # shared
+    fig.supxlabel(label)
+    return to_png(plt, fig)
+
+
+def _found(figures: Mapping[str, Any], name: str, figure: str) -> Mapping[str, Any] | None:
+    """Returns a figure of a set, or of the average; None where there is none."""
+    own = figures[AVERAGE] if name == AVERAGE else figures["sets"].get(name, {})
+    found = own.get(figure)
+    return None if not found or _none(found["value"]) else found
+
+
 def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
+    if len(drafters) > len(COLOURS):
+        return _position_fields(drafters, sets)
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
@@ -139,6 +183,55 @@ def _positions(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
     fig.supxlabel("slot k")
     fig.supylabel("P(k accepted | 1..k-1 accepted)")
     _legend(fig, drafters)
+    return to_png(plt, fig)
+
+
+def _position_fields(drafters: Mapping[str, Any], sets: Sequence[str]) -> bytes:
+    """More rows than colours tell apart: a line of fields for each."""
+    plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(3, max(1, len(sets)))
+    rows = -(-len(sets) // columns) if sets else 1
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(3.4 * columns + 2.4, (0.2 * len(drafters) + 0.7) * rows),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    image = None
+    for ax, name in zip(axes.flat, sets, strict=False):
+        rates = [
+            figures["sets"].get(name, {}).get("accept_rate", []) for figures in drafters.values()
+        ]
+        longest = max(map(len, rates), default=0)
+        values = [[float("nan")] * longest for _ in rates]
+        for shown, own in zip(values, rates, strict=True):
+            # behind a slot that few rounds got to there are fewer still
+            sure = itertools.takewhile(
+                lambda rate: not _none(rate["low"]) and rate["high"] - rate["low"] < TOO_WIDE, own
+            )
+            for slot, rate in enumerate(sure):
+                shown[slot] = rate["value"]
+        image = ax.imshow(
+            values,
+            vmin=0,
+            vmax=1,
+            cmap="viridis",
+            aspect="auto",
+            extent=(0.5, longest + 0.5, len(rates) - 0.5, -0.5),
+        )
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_title(name, fontsize=10)
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(drafters)), list(drafters), fontsize=8)
+    for ax in list(axes.flat)[len(sets) :]:
+        ax.set_visible(False)
+    fig.supxlabel("slot k")
+    if image is not None:
+        fig.colorbar(image, ax=axes, label="P(k accepted | 1..k-1 accepted)", shrink=0.6)
     return to_png(plt, fig)
 
 
