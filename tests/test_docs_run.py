@@ -214,7 +214,7 @@ def run(words: Words, asked: set[str]) -> None:
 def wrote(words: Words) -> str:
     """Returns what a command is to write, "" for nothing that it names."""
     for flag in ("--output", "--run_dir", "--plot", "--predictions.output"):
-        if flag in words:
+        if flag in words and (flag != "--run_dir" or "fit" in words):
             return words[words.index(flag) + 1]
     return ""
 
@@ -242,6 +242,7 @@ def made_small(program: str, words: list[str]) -> list[str]:
         small["--trainer.max_steps"] = str(last["global_step"] + 1)
     if "configs/quickstart.yaml" in words:
         del small["--data.target"]  # its rows are token ids of the real one
+        small["--trainer.limit_train_batches"] = "1"  # an epoch ends, and leaves a best.ckpt
     for flag, value in small.items():
         if flag not in words:
             words = [*words, flag, value]
