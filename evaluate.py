@@ -25,7 +25,7 @@ from data.sharing import load_target, shared_between_runs
 from drafter.draft_length import read_draft_length, write_draft_length
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.ablation import Ablation
-from drafter.evaluation.asked import merge_asked, read_asked
+from drafter.evaluation.asked import check_output, merge_asked, read_asked
 from drafter.evaluation.calibration import find_draft_length, plot_calibration
 from drafter.evaluation.doctor import Patient, examine
 from drafter.evaluation.loading import LoadedDrafter, check_fits, load_drafter
@@ -46,6 +46,8 @@ def run_report(options: argparse.Namespace) -> None:
     """Measures drafters side by side; prints the tables and writes what was asked for."""
     settings = settings_from(options)
     searches = searches_of(options)
+    if options.output:
+        check_output(Path(options.output), options.prompts or ())
     drafters, unreadable = load_all(options.ckpt, options.block_size)
     target = target_for(drafters, options)
     if settings.decodes and any(searches):
@@ -146,6 +148,7 @@ def run_settings(config: Path | None) -> dict[str, Any]:
 
 def run_merge(options: argparse.Namespace) -> None:
     """Joins result files, makes all figures anew, and writes the whole as `report` does."""
+    check_output(Path(options.output))
     result = summarise(merge([read_result(Path(path)) for path in options.results]))
     result["prompts"] = merge_asked(read_asked(Path(path)) for path in options.results)
     show(result)

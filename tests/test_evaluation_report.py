@@ -170,6 +170,36 @@ def test_several_searches_are_measured_side_by_side_and_kept_apart(place, monkey
     assert "--budget is 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["mine-prompts.jsonl", "mine.json", ".", "elsewhere.jsonl"])
+def test_a_users_prompts_are_not_replaced_by_a_report(place, tmp_path, capsys, given):
+    for name in ("mine-prompts.jsonl", "mine.json", "elsewhere.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "Count them."}\n')
+    before = {file: file.read_text() for file in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        output = ["--output", str(tmp_path / "mine.json")]
+        run(place, *output, prompts=["--prompts", str(tmp_path / given)], written=False)
+    assert stopped.value.code == 2
+    assert "would replace" in capsys.readouterr().err
+    assert {file: file.read_text() for file in tmp_path.iterdir()} == before
+
+
+def test_merging_removes_no_file_of_prompts_that_a_user_wrote(place, tmp_path, capsys):
+    run(place)
+    (tmp_path / "r.json").write_bytes((place[0] / "out" / "r.json").read_bytes())
+    mine = tmp_path / "mine-prompts.jsonl"
+    mine.write_text('{"prompt": "Count them."}\n')
+    words = ["merge", str(tmp_path / "r.json"), "--output", str(tmp_path / "mine.json")]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(words)
+    assert stopped.value.code == 2
+    assert f"would replace {mine}, which no report has written" in capsys.readouterr().err
+    assert mine.read_text() == '{"prompt": "Count them."}\n'
+    assert not (tmp_path / "mine.json").exists()
+    mine.write_bytes((place[0] / "out" / "r-prompts.jsonl").read_bytes())
+    evaluate.main(words)
+    assert not mine.exists()  # another report's
+
+
 def test_the_targets_own_reply_stands_in_the_next_turns_context(place):
     result, path = run(place), place[1]
     target, tokenizer = Target.load(path, dtype="float32"), tiny_tokenizer()

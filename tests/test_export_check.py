@@ -489,6 +489,7 @@ def test_prompts_of_partial_results_are_merged_or_left_out_whole(reported, capsy
         main([*words, *results])
     assert stopped.value.code == 2
     assert "whole-prompts.jsonl can't be read" in capsys.readouterr().err
+    (tmp_path / "whole-prompts.jsonl").write_text(f"{rows[0]}\n")
     (tmp_path / "part1-prompts.jsonl").unlink()
     (tmp_path / "part0-prompts.jsonl").unlink()  # as an older version leaves them
     evaluate.main(["merge", *parts, "--output", str(tmp_path / "whole.json")])

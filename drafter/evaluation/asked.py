@@ -53,6 +53,34 @@ def asked_path(result: Path) -> Path:
     return result.with_name(f"{result.with_suffix('').name}-prompts.jsonl")
 
 
+def check_output(result: Path, prompts: Iterable[str] = ()) -> None:
+    """Raises UserError where a result and its prompts would replace a user's file.
+
+    Args:
+        result: The result file that is asked for.
+        prompts: Files and folders that are measured on.
+    """
+    rows = asked_path(result)
+    given = {Path(path).resolve() for path in prompts}
+    for path in (result, rows):
+        # the next report of a folder would read what this one laid there
+        if path.resolve() in given or (path.exists() and path.resolve().parent in given):
+            raise UserError(f"--output {result} would replace {path}, of --prompts; rename it.")
+    if rows.exists() and not wrote_asked(rows):
+        raise UserError(
+            f"--output {result} would replace {rows}, which no report has written; rename it."
+        )
+
+
+def wrote_asked(path: Path) -> bool:
+    """Returns whether a file holds a report's prompts, by its first row."""
+    try:
+        with path.open() as file:
+            return "prompt_hash" in json.loads(file.readline())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def write_asked(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Writes rows, one JSON object a line."""
     write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from drafter.evaluation.asked import asked_path, write_asked
+from drafter.evaluation.asked import asked_path, write_asked, wrote_asked
 from drafter.evaluation.grid_page import grid_page, page_stem
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.page import html_page
@@ -34,8 +34,8 @@ def write_result(result: dict[str, Any], path: Path) -> None:
     stem = path.with_suffix("")
     if prompts:
         write_asked(prompts, asked_path(path))
-    else:  # another result's
-        asked_path(path).unlink(missing_ok=True)
+    elif wrote_asked(asked_path(path)):  # another result's
+        asked_path(path).unlink()
     write_atomic(path, json.dumps(result, indent=1) + "\n")
     write_atomic(stem.with_name(f"{stem.name}.md"), markdown(result))
     write_plots(result, stem)
