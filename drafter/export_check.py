@@ -93,7 +93,7 @@ def main(args: list[str]) -> None:
         print_warnings(folder, config)
         if faults:
             sys.exit(1)
-        for line in [*launch_lines(folder, config), *_expected(folder)]:
+        for line in [*launch_lines(folder, config), *_expected(folder, config)]:
             print(line, flush=True)
 
 
@@ -128,12 +128,13 @@ def _target_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     return "TARGET", f"TARGET is the file {gguf_file} of {path}"
 
 
-def _expected(folder: Path) -> list[str]:
+def _expected(folder: Path, config: Mapping[str, Any]) -> list[str]:
     file = folder / ACCEPTANCE
     if not file.is_file():
         return [f"{ACCEPTANCE}: none; export with --results to say what to expect"]
     try:
         saved = json.loads(file.read_text())
-        return [*acceptance_lines(saved), f"as in {file}", *prompts_lines(folder, saved)]
+        repeated = prompts_lines(folder, saved, said_by(config).block_size)
+        return [*acceptance_lines(saved), f"as in {file}", *repeated]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({error}); export with --results anew.") from error

@@ -460,8 +460,41 @@ def test_the_prompts_go_along_and_repeat_the_measurement(reported, capsys, monke
     figures = one["figures"]["replay"]["sets"]["acceptance_prompts"]
     for key in ("accepted_length", "accepted_length_unclipped"):
         assert figures[key]["value"] == pytest.approx(replayed["pooled"][key])
+    assert "temperature 0.0, at most 12 tokens, nothing else" in said
     shares = [rate["value"] for rate in figures["accept_rate"]]
     assert shares[0] == pytest.approx(replayed["pooled"]["accepted_at"][0])
+
+
+def test_what_is_repeated_is_one_draft_a_round_as_it_was_measured(reported, capsys):
+    tmp_path, report = reported
+    words = ["--prompts", str(tmp_path / "chat.jsonl"), "--temperature", "0.7", "--top-k", "20"]
+    words += ["--block-size", "3", "--mode", "decode", "--search"]
+
+    def checked(name):
+        results = ["--results", str(tmp_path / f"{name}.json")]
+        main([str(tmp_path / "run"), "--output", str(tmp_path / name), *results])
+        capsys.readouterr()
+        main(["check", str(tmp_path / name)])
+        return capsys.readouterr().out
+
+    report("ways.json", *words, "tree", "plain", "--budget", "4")
+    said = checked("ways")
+    assert "to repeat, of the above: decode, K = 3, one whole draft a round\n" in said
+    (again,) = [line for line in said.splitlines() if line.startswith("  1. here: ")]
+    assert again.endswith(" --temperature 0.7 --top-k 20 --block-size 3 --mode decode")
+    assert "  2. in the engine (started with 2 speculative tokens): send" in said
+    assert "prompt_ids, temperature 0.7, at most 12 tokens, top_k 20, nothing else" in said
+    assert "hold them to the intervals of acceptance.json" in said
+    saved = json.loads((tmp_path / "ways" / "acceptance.json").read_text())
+    assert [one["search"] for one in saved["measured"]] == ["tree of 4", None]
+    rows = (tmp_path / "ways" / "acceptance_prompts.jsonl").read_text().splitlines()
+    rounds = sum(json.loads(row)["expected"]["rounds"] for row in rows)
+    assert rounds == saved["measured"][1]["pooled"]["rounds"]
+
+    report("tree.json", *words, "tree", "--budget", "4")
+    said = checked("tree")
+    assert "make the report without --search" in said
+    assert "1. here" not in said
 
 
 def test_prompts_of_partial_results_are_merged_or_left_out_whole(reported, capsys):

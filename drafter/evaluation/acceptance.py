@@ -8,7 +8,7 @@ the drafter that was measured. If evaluate.py, too, accepts less, the weights ar
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, takewhile, zip_longest
 from operator import mul
 from pathlib import Path
@@ -76,7 +76,7 @@ def expected_acceptance(result: Mapping[str, Any], prompts: int = 0) -> dict[str
     return content
 
 
-def _pooled(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _pooled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the figures of responses taken together; rows are tallies as plain values."""
     sums = {key: sum(row["counts"][key] for row in rows) for key in ("rounds", *_LENGTHS)}
     rounds = sums["rounds"] or float("nan")
@@ -97,13 +97,15 @@ def expected_prompts(
     """Returns the rows of acceptance_prompts.jsonl; none unless each response's prompt is there.
 
     Args:
-        result: As in `expected_acceptance`. Of several ways to draft or to measure, the first's
-            counts stand in the rows.
+        result: As in `expected_acceptance`. Of several ways to draft or to measure, the counts of
+            the first with one whole draft a round stand in the rows, else the first's.
         prompts: Rows of the result's prompts (asked.asked_rows).
     """
     known = {row_place(row): row for row in prompts}
     found = []
-    for tally in next(iter(result["drafters"][0]["responses"].values()), ()):
+    drafters = result["drafters"]
+    chosen = next(filter(_is_plain, drafters), drafters[0])
+    for tally in next(iter(chosen["responses"].values()), ()):
         place = tally["set_name"], tally["prompt_id"], tally["turn"], tally["prompt"]
         if place not in known:
             return []
@@ -111,6 +113,11 @@ def expected_prompts(
         expected = {**counts, "accepted_at": tally["accepted_at"]}
         found.append({**known[place], "expected": without_nan(expected)})
     return found
+
+
+def _is_plain(one: Mapping[str, Any]) -> bool:
+    """Returns whether one whole draft a round was measured, as engines have it."""
+    return not one.get("search") and not one.get("draft_length")
 
 
 def acceptance_lines(saved: Mapping[str, Any]) -> list[str]:
@@ -149,7 +156,7 @@ def acceptance_lines(saved: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def prompts_lines(folder: Path, saved: Mapping[str, Any]) -> list[str]:
+def prompts_lines(folder: Path, saved: Mapping[str, Any], block_size: int) -> list[str]:
     """Returns what was measured on, and how to tell a checkpoint's fault from an engine's.
 
     Source: vLLM's metrics of speculative decoding (`vllm:spec_decode_*`) and SGLang's
@@ -158,10 +165,28 @@ def prompts_lines(folder: Path, saved: Mapping[str, Any]) -> list[str]:
     Args:
         folder: Of the export.
         saved: Content of its acceptance.json.
+        block_size: K of the export's config.json.
     """
     file = folder / ACCEPTANCE_PROMPTS
     if not file.is_file():
         return [f"prompts: no {ACCEPTANCE_PROMPTS}; make the report anew and export with --results"]
+    lines = [
+        f"prompts: {file} ({len(file.read_text().splitlines())}, as token ids, with the target's "
+        "own answers)",
+        *([f"  measured by: {saved['command']}"] if saved.get("command") else []),
+    ]
+    plain = next(filter(_is_plain, saved["measured"]), None)
+    if plain is None:
+        return [
+            *lines,
+            "  an engine drafts one block a round, which was not measured: make the report without "
+            "--search and export with its --results",
+        ]
+    if len(saved["measured"]) > 1:
+        lines.append(
+            f"  to repeat, of the above: {plain['mode']}, K = {plain['block_size']}, one whole "
+            "draft a round"
+        )
     settings = saved.get("settings") or {}
     sampling = settings.get("sampling") or {}
     limit, temperature = settings.get("max_new_tokens"), sampling.get("temperature")
@@ -172,24 +197,41 @@ def prompts_lines(folder: Path, saved: Mapping[str, Any]) -> list[str]:
         ("--temperature", temperature, 0.0),
         ("--top-k", sampling.get("top_k"), 0),
         ("--top-p", sampling.get("top_p"), 1.0),
+        ("--block-size", plain["block_size"], block_size),
+        ("--mode", plain["mode"], "replay"),
     ):
         words += [flag, str(value)] if value not in (None, default) else []
-    count = len(file.read_text().splitlines())
-    return [
-        f"prompts: {file} ({count}, as token ids, with the target's own answers)",
-        *([f"  measured by: {saved['command']}"] if saved.get("command") else []),
+    sent = [f"temperature {temperature}", f"at most {limit} tokens"]
+    sent += [f"top_k {sampling['top_k']}"] if sampling.get("top_k") else []
+    sent += [f"top_p {sampling['top_p']}"] if sampling.get("top_p", 1.0) != 1.0 else []
+    other_size = (
+        f" (started with {plain['block_size'] - 1} speculative tokens)"
+        if plain["block_size"] != block_size
+        else ""
+    )
+    lines += [
         f"  1. here: {shlex.join(words)}",
-        f"  2. in the engine: send each line's prompt_ids, temperature {temperature}, at most "
-        f"{limit} tokens, nothing else; then read its counters",
+        f"  2. in the engine{other_size}: send each line's prompt_ids, {', '.join(sent)}, nothing "
+        "else; then read its counters",
         "    vLLM: 1 + vllm:spec_decode_num_accepted_tokens / vllm:spec_decode_num_drafts is the "
         "accepted length, last round not cut;",
         "      vllm:spec_decode_num_accepted_tokens_per_pos / the same is acceptance by slot, of "
         "all rounds",
         "    SGLang: completion_tokens / spec_verify_ct of a reply's meta_info is about the "
         "accepted length",
-        "  less than above in 1: the checkpoint or the target is at fault; only in 2: the engine's "
-        "set-up (where texts differ from response_ids: its target, dtype or sampling)",
     ]
+    if temperature:
+        lines.append(
+            f"  both sample their answers anew: hold them to the intervals of {ACCEPTANCE}; below "
+            "in 1: the checkpoint or the target is at fault; only in 2: the engine's set-up (its "
+            "target, dtype or sampling)"
+        )
+    else:
+        lines.append(
+            "  less than above in 1: the checkpoint or the target is at fault; only in 2: the "
+            "engine's set-up (where texts differ from response_ids: its target, dtype or sampling)"
+        )
+    return lines
 
 
 def _percent(rates: list[float]) -> str:

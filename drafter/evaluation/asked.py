@@ -1,6 +1,7 @@
 """The prompts of a report, as token ids, with the target's own answers: `<stem>-prompts.jsonl`.
 
-Every line is also a row of a prompt file: the same report can be made of the file alone.
+Every line is also a row of a prompt file: the same report can be made of the file alone, but for
+sampled answers, which are drawn anew: their random numbers go by the set's name and the place.
 """
 
 from __future__ import annotations
