@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from drafter.errors import UserError
+from drafter.evaluation import plots as plots_module
 from drafter.evaluation.intervals import RESAMPLES
 from drafter.evaluation.markdown import markdown
 from drafter.evaluation.page import html_page
@@ -134,6 +135,49 @@ def test_page_and_table_show_the_figures(result):
     lines = [line for line in markdown(result).splitlines() if line.startswith("|")]
     # a bar in a name does not make a column
     assert all(len(re.findall(r"(?<!\\)\|", line)) in (5, 9) for line in lines)
+
+
+def searched(name, budget, modes, drafted):
+    """A drafter with a tree; `drafted` tokens a round, None where there was no round."""
+    values = {"accepted_length": 2.0, "tokens_per_second": 9.0, "drafted_per_round": drafted}
+    own = {figure: {"value": value, "low": None, "high": None} for figure, value in values.items()}
+    return {
+        "name": f"{name}, tree of {budget}",
+        "fingerprint": name,
+        "search": f"tree of {budget}",
+        "block_size": 6,
+        "figures": {mode: {"sets": {}, "average": own} for mode in modes},
+    }
+
+
+def test_searches_have_a_colour_a_drafter_and_leave_out_what_had_no_round(monkeypatch):
+    both, loop = ("replay", "decode"), ("decode",)
+    drafters = [
+        searched("a", 4, ("replay",), 4.0),
+        searched("a", 8, ("replay",), 8.0),
+        searched("a", 12, ("replay",), None),  # beside others, None could not be sorted
+        *(searched("b", budget, both, float(budget)) for budget in (4, 8)),
+        *(searched("c", budget, loop, float(budget)) for budget in (4, 8)),
+    ]
+    seen = []
+    to_png = plots_module.to_png
+
+    def look(plt, fig):
+        seen.append(fig.axes)
+        return to_png(plt, fig)
+
+    monkeypatch.setattr(plots_module, "to_png", look)
+    assert "searches" in plot_result({"drafters": drafters})
+    first, second = seen[0]
+    assert [list(line.get_xdata()) for line in first.lines] == [[4.0, 8.0], [4.0, 8.0]]
+    assert [line.get_color() for line in first.lines] == list(COLOURS[:2])
+    assert [line.get_color() for line in second.lines] == list(COLOURS[1:3])
+    legend = first.get_legend()
+    named = {
+        text.get_text(): handle.get_color()
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    assert named == {"tree": "black", **dict(zip("abc", COLOURS, strict=False))}
 
 
 def test_plots_are_pictures_and_the_same_each_time(result):

@@ -175,8 +175,8 @@ def test_a_users_prompts_are_not_replaced_by_a_report(place, tmp_path, capsys, g
     for name in ("mine-prompts.jsonl", "mine.json", "elsewhere.jsonl"):
         (tmp_path / name).write_text('{"prompt": "Count them."}\n')
     before = {file: file.read_text() for file in tmp_path.iterdir()}
+    output = ["--output", str(tmp_path / "mine.json")]
     with pytest.raises(SystemExit) as stopped:
-        output = ["--output", str(tmp_path / "mine.json")]
         run(place, *output, prompts=["--prompts", str(tmp_path / given)], written=False)
     assert stopped.value.code == 2
     assert "would replace" in capsys.readouterr().err

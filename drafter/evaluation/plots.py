@@ -18,6 +18,9 @@ TOO_WIDE = 0.4
 SEARCH_STYLES = {"one draft": ("*", ""), "tree": ("o", "-"), "self-select": ("s", "--")}
 """Marker and line of each way to draft."""
 
+Searches = Mapping[str, Mapping[str, Sequence[Any]]]
+"""Averages by drafter and way to draft."""
+
 
 def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns PNG files by name: `accepted_length`, `acceptance_by_position`, `waste`.
@@ -35,9 +38,10 @@ def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
     }
     sets = list(names_of(result, mode))
     sizes = by_block_size(result, mode)
+    searches = by_search(result, mode)
     return {
         **({"block_sizes": _sizes(sizes)} if sizes else {}),
-        **({"searches": _searches(result, mode)} if by_search(result, mode) else {}),
+        **({"searches": _searches(searches, by_search(result, "decode"))} if searches else {}),
         "accepted_length": _bars(drafters, sets, "accepted_length", "accepted length", floor=1.0),
         "acceptance_by_position": _positions(drafters, sets),
         "waste": _bars(drafters, sets, "waste_ratio", "waste ratio"),
@@ -280,43 +284,50 @@ def _sizes(sizes: Mapping[str, Mapping[int, Any]]) -> bytes:
     return to_png(plt, fig)
 
 
-def _searches(result: Mapping[str, Any], mode: str) -> bytes:
-    """Accepted length, and tokens per second where the loop ran, against drafted tokens a round."""
+def _searches(measured: Searches, timed: Searches) -> bytes:
+    """Accepted length, and tokens per second where the loop ran, against drafted tokens a round.
+
+    Args:
+        measured: Averages (results.by_search) in the result's main mode.
+        timed: Of the loop; empty if it did not run.
+    """
     plt = pyplot()
-    panels = [("accepted length", "accepted_length", by_search(result, mode))]
-    if timed := by_search(result, "decode"):
-        panels.append(("tokens per second", "tokens_per_second", timed))
+    panels = [("accepted length", "accepted_length", measured)]
+    panels += [("tokens per second", "tokens_per_second", timed)] if timed else []
+    names = list(dict.fromkeys((*measured, *timed)))  # a colour each, in both panels
+    present = {way for _, _, found in panels for ways in found.values() for way in ways}
     fig, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 4.0), squeeze=False, layout="constrained"
     )
     for ax, (label, figure, found) in zip(axes.flat, panels, strict=True):
-        for n, ways in enumerate(found.values()):
+        for name, ways in found.items():
+            colour = _colour(names.index(name), len(names))
             for way, averages in ways.items():
-                x = [own["drafted_per_round"]["value"] for own in averages]
-                y = [own[figure]["value"] for own in averages]
+                shown = [own for own in averages if not _none(own.get(figure, {}).get("value"))]
+                x = [own["drafted_per_round"]["value"] for own in shown]
+                y = [own[figure]["value"] for own in shown]
                 marker, line = SEARCH_STYLES[way]
-                ax.plot(x, y, marker=marker, linestyle=line, color=_colour(n, len(found)))
+                ax.plot(x, y, marker=marker, linestyle=line, color=colour)
         ax.set_xlabel("drafted tokens a round")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(handles=_search_legend(panels[0][2]), frameon=False)
+    axes.flat[0].legend(handles=_search_legend(names, present), frameon=False)
     return to_png(plt, fig)
 
 
-def _search_legend(found: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+def _search_legend(names: Sequence[str], present: set[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    present = {way for ways in found.values() for way in ways}
     lines = [
         Line2D([], [], color="black", marker=marker, linestyle=line, label=way)
         for way, (marker, line) in SEARCH_STYLES.items()
         if way in present
     ]
-    if len(found) > 1:
+    if len(names) > 1:
         lines += [
-            Line2D([], [], color=_colour(n, len(found)), linewidth=4, label=Path(name).name)
-            for n, name in enumerate(found)
+            Line2D([], [], color=_colour(n, len(names)), linewidth=4, label=Path(name).name)
+            for n, name in enumerate(names)
         ]
     return lines
 

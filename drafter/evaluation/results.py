@@ -344,6 +344,7 @@ def by_search(result: Mapping[str, Any], mode: str) -> dict[str, dict[str, list[
     """Returns averages by drafter and way to draft, from few to many drafted tokens a round.
 
     The ways: `one draft`, `tree`, `self-select`. Empty where no drafter was searched in two sizes.
+    Left out: what has no drafted tokens a round, for its set had no round.
     """
     found: dict[str, dict[str, list[Any]]] = {}
     for drafter in result["drafters"]:
@@ -354,7 +355,10 @@ def by_search(result: Mapping[str, Any], mode: str) -> dict[str, dict[str, list[
                 "one draft" if not label else "tree" if label.startswith("tree") else "self-select"
             )
             name = drafter["name"].removesuffix(f", {label}")
-            found.setdefault(name, {}).setdefault(way, []).append(figures[AVERAGE])
+            average = figures[AVERAGE]
+            drafted = average.get("drafted_per_round", {}).get("value")
+            if drafted is not None and math.isfinite(drafted):
+                found.setdefault(name, {}).setdefault(way, []).append(average)
     for ways in found.values():
         for averages in ways.values():
             averages.sort(key=lambda own: own["drafted_per_round"]["value"])
