@@ -31,7 +31,7 @@ from data.sharing import shared_between_runs
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.markdown import markdown_rows
 from drafter.evaluation.plots import pyplot
-from drafter.evaluation.recipes import Row, read_grid, read_share
+from drafter.evaluation.recipes import Row, read_grid
 from evaluate import train_row, where_and_when
 
 LENGTH = "val/accepted_length"
@@ -77,6 +77,18 @@ def run(options: argparse.Namespace) -> list[str]:
             write_lines(output, lines)
             print(json.dumps(line), flush=True)
     return failed
+
+
+def read_share(text: str) -> tuple[int, int]:
+    """Returns (which, of how many) from text such as 2/4.
+
+    Raises:
+        UserError: It is not two whole numbers, the first from 1 to the second.
+    """
+    which, _, shares = text.partition("/")
+    if not (which.isdecimal() and shares.isdecimal() and 1 <= int(which) <= int(shares)):
+        raise UserError(f"--share is {text!r}; give which of how many, such as 2/4.")
+    return int(which), int(shares)
 
 
 def size(row: Row, overrides: Sequence[str]) -> float:

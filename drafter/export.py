@@ -179,9 +179,10 @@ def export(
             if asked:
                 write_asked(asked, aside / ACCEPTANCE_PROMPTS)
             else:
+                lacking = "do not have all their" if prompts else "have no"
                 print(
-                    f"{loaded.name}: its results have no prompts beside them (OUT-prompts.jsonl of "
-                    "`evaluate.py report --output OUT.json`), so none go along."
+                    f"{loaded.name}: its results {lacking} prompts beside them (OUT-prompts.jsonl "
+                    "of `evaluate.py report --output OUT.json`), so none go along."
                 )
             saved = expected_acceptance(result, len(asked))
             write_atomic(aside / ACCEPTANCE, json.dumps(saved, indent=2) + "\n")

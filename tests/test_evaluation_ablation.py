@@ -13,7 +13,7 @@ import drafter.evaluation.ablation as ablation_module
 import evaluate
 from drafter.errors import UserError
 from drafter.evaluation.ablation import OLDER
-from drafter.evaluation.recipes import Row, read_grid, read_share
+from drafter.evaluation.recipes import Row, read_grid
 from drafter.files import file_stamp
 from drafter.target import Target
 from tests.runs import ROOT, config, train_parser
@@ -270,12 +270,6 @@ def test_benchmarks_are_known_by_what_they_hold_not_by_where_they_lie(place, cap
     file_stamp.cache_clear()  # as a new process
     run(place, *extra, "--benchmark-dir", str(place / "there"), "--dry-run")
     assert "done" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("share", ["0/2", "3/2", "2"])
-def test_a_share_that_is_none_is_one_sentence(share):
-    with pytest.raises(UserError, match="give which of how many"):
-        read_share(share)
 
 
 def test_no_row_is_begun_that_would_not_end_in_time(place, monkeypatch, capsys):

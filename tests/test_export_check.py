@@ -516,7 +516,7 @@ def test_prompts_of_partial_results_are_merged_or_left_out_whole(reported, capsy
     main([*words, *results])
     assert not (tmp_path / "other" / "acceptance_prompts.jsonl").exists()
     assert "prompts" not in json.loads((tmp_path / "other" / "acceptance.json").read_text())
-    assert "no prompts beside them" in capsys.readouterr().out
+    assert "do not have all their prompts beside them" in capsys.readouterr().out
     (tmp_path / "whole-prompts.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit) as stopped:
         main([*words, *results])

@@ -147,7 +147,7 @@ def test_processes_share_a_grid_between_them(tmp_path, trained):
     assert trained == ["short", "other", "|", "long", "|"]
 
 
-@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/2", "1/0"])
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "2", "a/2", "1/0"])
 def test_a_share_that_is_none_is_one_sentence(tmp_path, trained, capsys, share):
     with pytest.raises(SystemExit):
         run(tmp_path, "--share", share)

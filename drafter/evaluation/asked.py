@@ -41,7 +41,7 @@ def asked_rows(
             "prompt_id": prompt.prompt_id,
             "turn": prompt.turn,
             "prompt_hash": prompt.digest,
-            "text": getattr(prompt, "text", ""),
+            "text": prompt.text,
             "prompt_ids": prompt.ids,
         }
         answer = answers.get((prompt.set_name, prompt.prompt_id, prompt.turn))

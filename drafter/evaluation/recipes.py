@@ -194,18 +194,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def read_share(text: str) -> tuple[int, int]:
-    """Returns (which, of how many) from text such as 2/4.
-
-    Raises:
-        UserError: It is not two whole numbers, the first from 1 to the second.
-    """
-    which, _, shares = text.partition("/")
-    if not (which.isdecimal() and shares.isdecimal() and 1 <= int(which) <= int(shares)):
-        raise UserError(f"--share is {text!r}; give which of how many, such as 2/4.")
-    return int(which), int(shares)
-
-
 def _override_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """Returns what flags of train.py set, their --config files included."""
     out: dict[str, Any] = {}

@@ -35,6 +35,8 @@ class EvalPrompt:
         ids: Prompt token ids, generation prompt included.
         response_ids: A stored response, used only where the caller trusts it.
         turn: Of its conversation, from 0; earlier turns stand in `ids` with the target's replies.
+        text: The rendering that `ids` are the tokens of, generation prompt included; empty for one
+            that came as token ids.
     """
 
     set_name: str
@@ -42,6 +44,7 @@ class EvalPrompt:
     ids: list[int]
     response_ids: list[int] | None = None
     turn: int = 0
+    text: str = ""
 
     @property
     def key(self) -> int:
