@@ -210,21 +210,23 @@ def _in_fork(function: Any, args: Any, output: str, environment: dict[str, str])
     function(*args)
 
 
-def joined(processes: list[BaseProcess], timeout: float) -> None:
-    """Waits for forked processes; kills all when `timeout` s are over, or one has failed alone.
+def joined(processes: list[BaseProcess], timeout: float, grace: float = 20) -> None:
+    """Waits for forked processes; kills all after `timeout` s, or `grace` s after one has failed.
 
     Raises:
         AssertionError: They still ran; their output then has the stack of every thread.
     """
-    end = time.monotonic() + timeout
+    end, why = time.monotonic() + timeout, f"after {timeout:.0f} s"
     try:
         while any(process.is_alive() for process in processes):
             if time.monotonic() > end:
                 _show_stacks([pid for each in processes for pid in _members(each.pid)])
-                raise AssertionError(f"{processes} still ran after {timeout:.0f} s.")
+                raise AssertionError(f"{processes} still ran {why}.")
             running = [process.sentinel for process in processes if process.is_alive()]
             if len(running) < len(processes) and any(process.exitcode for process in processes):
-                end = min(end, time.monotonic() + 20)  # the others end as it did, or wait for it
+                # the others end as it did, or wait for it
+                if (soon := time.monotonic() + grace) < end:
+                    end, why = soon, f"{grace:.0f} s after one had failed"
             wait(running, timeout=1)
     finally:
         for process in processes:

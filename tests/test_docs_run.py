@@ -196,6 +196,7 @@ def run(words: Words, asked: set[str]) -> None:
             maker = tuple(MADE[name].split())
             assert maker in RUN, f"no page shows {MADE[name]}"
             run(maker, asked | {name})
+    before = stamps(wrote(words))
     if words[0] == "make":
         for line in recipe(words[1]):
             run(line, asked)
@@ -207,8 +208,20 @@ def run(words: Words, asked: set[str]) -> None:
         run_program(words[2], list(words[3:]))
     else:
         run_program(words[1], list(words[2:]))
-    if wrote(words):
-        assert Path(wrote(words)).exists()
+    if wrote(words):  # now, not by another command before it
+        assert stamps(wrote(words)) - before
+
+
+def stamps(path: str) -> set[tuple[Path, int, int]]:
+    """Returns the files of a file or folder with inode and time of change; none for "".
+
+    Those of path-2, -3, ... are among them: a run goes there while its folder holds another.
+    """
+    if not path:
+        return set()
+    roots = [Path(path), *Path(path).parent.glob(f"{Path(path).name}-[0-9]*")]
+    files = [file for root in roots for file in (root, *root.rglob("*")) if file.is_file()]
+    return {(file, file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
 def wrote(words: Words) -> str:

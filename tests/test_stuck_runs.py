@@ -55,3 +55,15 @@ def test_a_forked_run_that_does_not_end_shows_its_stack_and_is_gone(tmp_path):
         joined([process], 5)
     assert "in sleeps" in (tmp_path / "printed").read_text()
     assert not runs(process.pid)
+
+
+def fails():
+    """What a forked process does that ends with code 1."""
+    sys.exit(1)
+
+
+def test_what_outlasts_another_s_failure_is_said_to_have_done_so(tmp_path):
+    processes = [forked(sleeps, output=tmp_path / "a"), forked(fails, output=tmp_path / "b")]
+    with pytest.raises(AssertionError, match="still ran 2 s after one had failed"):
+        joined(processes, 60, grace=2)
+    assert not runs(processes[0].pid)
