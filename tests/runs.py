@@ -223,10 +223,9 @@ def joined(processes: list[BaseProcess], timeout: float, grace: float = 20) -> N
                 _show_stacks([pid for each in processes for pid in _members(each.pid)])
                 raise AssertionError(f"{processes} still ran {why}.")
             running = [process.sentinel for process in processes if process.is_alive()]
-            if len(running) < len(processes) and any(process.exitcode for process in processes):
-                # the others end as it did, or wait for it
-                if (soon := time.monotonic() + grace) < end:
-                    end, why = soon, f"{grace:.0f} s after one had failed"
+            soon = time.monotonic() + grace  # the others end as it did, or wait for it
+            if soon < end and any(process.exitcode for process in processes):
+                end, why = soon, f"{grace:.0f} s after one had failed"
             wait(running, timeout=1)
     finally:
         for process in processes:
