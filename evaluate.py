@@ -200,14 +200,22 @@ def run_ablation(options: argparse.Namespace) -> None:
 
 
 def train_row(arguments: list[str], run_dir: Path) -> train.DrafterCLI:
-    """Trains one run of a recipe in this process, going on from its last checkpoint if any."""
+    """Trains one run of a recipe in this process, going on from its last checkpoint if any.
+
+    Raises:
+        UserError: The recipe can't be trained.
+    """
     arguments = ["fit", *arguments, "--run_dir", str(run_dir)]
     if (run_dir / "config.yaml").exists():
         arguments += ["--ckpt_path", "last"]
     os.environ.pop(train.RUN_DIR_VARIABLE, None)
     own, sys.argv = sys.argv, ["train.py", *arguments]  # what the run's provenance should say
     try:
-        return train.main()
+        return train.run()
+    except SystemExit as stop:
+        if stop.code != 2:  # it was told to end
+            raise
+        raise UserError("its settings are refused, as said above") from stop
     finally:
         sys.argv = own
 

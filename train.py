@@ -237,9 +237,20 @@ def main(args: list[str] | None = None) -> DrafterCLI:
 
     A run that SIGTERM ended exits with code 143, its checkpoint saved.
     """
+    with one_sentence_errors():
+        return run(args)
+
+
+def run(args: list[str] | None = None) -> DrafterCLI:
+    """Does what `main` does, but leaves a user's mistake to the caller.
+
+    Raises:
+        UserError: A user's mistake, or too little memory.
+        SystemExit: Arguments that don't parse (code 2), or SIGTERM (code 143).
+    """
     # what we log is the same on every rank already
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-    with one_sentence_errors(), memory_advice(), preempted_exit():
+    with memory_advice(), preempted_exit():
         return DrafterCLI(
             DrafterModule,
             OnlineHiddenStates,

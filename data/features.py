@@ -183,11 +183,12 @@ class RememberedFeatures:
         return all(self._holds((row_set, layer_ids, sample), kind) for sample in samples)
 
     def keep_only(self, last_hidden: bool) -> None:
-        """Forgets what is remembered of last_hidden in another form than is asked for now.
+        """Forgets what a device remembers of last_hidden in another form than is asked for now.
 
         Runs that share what is remembered may differ in it, and a device has no room for both.
         """
-        if kind := self._kind(last_hidden):
+        kind = self._kind(last_hidden)
+        if kind is not None and self._on_device:
             for document in self._kept.values():
                 for other in document.last.keys() - {kind}:
                     del document.last[other]

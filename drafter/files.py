@@ -150,4 +150,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        try:
+            yield True
+        finally:  # a forked child may have the file open still
+            fcntl.flock(file, fcntl.LOCK_UN)

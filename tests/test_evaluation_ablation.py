@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import time
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ import yaml
 import drafter.evaluation.ablation as ablation_module
 import evaluate
 from drafter.errors import UserError
-from drafter.evaluation.ablation import OLDER
+from drafter.evaluation.ablation import OLDER, Ablation
 from drafter.evaluation.recipes import Row, read_grid
 from drafter.files import file_stamp
 from drafter.target import Target
@@ -158,6 +160,33 @@ def test_a_row_that_fails_keeps_no_other_from_running(place, monkeypatch, capsys
     run(place)
     assert capsys.readouterr().out.count("trains in") == 1
     assert len(results(place)[0]["drafters"]) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"data.val_data": "nowhere.jsonl"}, {"model.no_such_flag": 1}])
+def test_a_recipe_that_is_refused_keeps_no_other_from_running(place, capsys, wrong):
+    grid = yaml.safe_load((place / "grid.yaml").read_text())
+    grid["rows"].insert(0, {"name": "first"})
+    grid["rows"][1]["flags"] = wrong
+    (place / "grid.yaml").write_text(yaml.safe_dump(grid))
+    for _ in range(2):  # the second time what is there comes first
+        with pytest.raises(SystemExit):
+            run(place)
+        assert "1 of the rows failed, the others are kept: grid: uniform" in capsys.readouterr().err
+    assert len(list((place / "out" / "rows").iterdir())) == 2
+
+
+def test_rows_are_measured_afresh_once(place, capsys):
+    run(place)
+    before = {path: path.stat().st_mtime_ns for path in (place / "out" / "rows").iterdir()}
+    run(place, "--fresh")
+    printed = capsys.readouterr().out
+    assert printed.count("average accepted length: K") == 4
+    assert all(path.stat().st_mtime_ns > made for path, made in before.items())
+    ablation = Ablation(place / "out", None, None, {}, fresh=True)
+    assert not any(map(ablation._is_there, before))
+    later = time.time() + 1  # as another process that makes them afresh, too
+    os.utime(next(iter(before)), (later, later))
+    assert sum(map(ablation._is_there, before)) == 1
 
 
 def test_a_user_s_mistake_is_told_at_the_first_row(place, monkeypatch, capsys):

@@ -211,22 +211,25 @@ def test_a_target_that_caps_its_logits_is_refused_before_the_first_step(tmp_path
     assert "caps its logits" in capsys.readouterr().err
 
 
-def test_runs_that_share_features_keep_one_copy_of_a_row(tmp_path):
+@pytest.mark.parametrize("where", [True, "device"])
+def test_runs_that_share_features_keep_one_copy_of_a_row(tmp_path, where):
     with sharing.shared_between_runs():
         whole = {"extra": {"r": {"term": {"class_path": "losses.ReverseKL"}}}}
         runs = [{"alpha_kl": 0.0}, {"alpha_kl": 1.0}, whole, {"alpha_kl": 0.0}, {"alpha_kl": 1.0}]
         known, forms = [], []
         for i, loss in enumerate(runs):
-            changes = {"model__loss": loss, "data__keep_in_memory": True}
+            changes = {"model__loss": loss, "data__keep_in_memory": where}
             cli(tmp_path, run_dir=str(tmp_path / str(i)), trainer__max_steps=5, **changes)
             (kept,) = sharing._shared.features.values()
             assert len({(key[0], key[2]) for key in kept}) == len(kept) == 12
             known.append({id(own.states) for own in kept.values()})
             forms.append({form for own in kept.values() for form in own.last})
         assert all(one == known[0] for one in known)  # not made again, and not twice
-        # of last_hidden the form that was asked for last: there is no room for both
         soft, whole = {"soft_labels"}, {"states"}
-        assert forms == [set(), soft, whole, whole, soft]
+        if where == "device":  # the form that was asked for last: there is no room for both
+            assert forms == [set(), soft, whole, whole, soft]
+        else:
+            assert forms == [set(), soft, soft | whole, soft | whole, soft | whole]
 
 
 @pytest.mark.parametrize(

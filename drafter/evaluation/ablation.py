@@ -63,7 +63,7 @@ class Ablation:
         measured_as: Plain values that figures depend on beside the drafter; part of a row's name.
         overrides: Further arguments of `fit` for every row.
         record: Plain values for the record: revision, device.
-        fresh: Measure finished rows again.
+        fresh: Measure again the rows that were finished before this object was made.
     """
 
     folder: Path
@@ -73,6 +73,7 @@ class Ablation:
     overrides: Sequence[str] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    _made: float = field(default_factory=time.time, init=False)
 
     def run(
         self,
@@ -94,7 +95,8 @@ class Ablation:
             How many rows are missing at the end: not begun, or in another process's hands.
 
         Raises:
-            UserError: Rows have failed, after all others; or the first one, by a user's mistake.
+            UserError: Rows have failed, after all others; or one by a user's mistake, where there
+                is none yet that has not.
         """
         begun = time.perf_counter()
         paces: list[float] = []
@@ -103,7 +105,7 @@ class Ablation:
         for grid, row, seed in rows:
             spent = time.perf_counter() - begun
             title = f"{grid.name}: {row.name}, seed {seed}"
-            there = self._row_path(grid, row, seed).exists() and not self.fresh
+            there = self._is_there(self._row_path(grid, row, seed))
             trained = self._trained(row, seed)
             if not there and not trained and spent + (1.1 * min(paces) if paces else 0.0) > budget:
                 left = max(0.0, budget - spent)
@@ -118,7 +120,7 @@ class Ablation:
                         # the first one also loads the target and makes the features
                         paces.append(time.perf_counter() - begun - spent)
                 except Exception as error:
-                    if isinstance(error, UserError) and not paces:
+                    if isinstance(error, UserError) and not self._any_there(rows):
                         raise  # probably every row's
                     traceback.print_exc()
                     failed.append(f"{title} ({_first_line(error)})")
@@ -128,7 +130,13 @@ class Ablation:
                 f"{len(failed)} of the rows failed, the others are kept: {'; '.join(failed)}. The "
                 "same command tries them again."
             )
-        return sum(not self._row_path(*row).exists() for row in rows)
+        return sum(not self._is_there(self._row_path(*row)) for row in rows)
+
+    def _any_there(self, rows: Sequence[tuple[Grid, Row, int]]) -> bool:
+        return any(self._row_path(*row).exists() for row in rows)
+
+    def _is_there(self, path: Path) -> bool:
+        return path.exists() and not (self.fresh and path.stat().st_mtime < self._made)
 
     def _distinct(self, grids: Sequence[Grid], seeds: int) -> list[tuple[Grid, Row, int]]:
         """Returns what `run` goes through, each recipe, seed and way of measuring once."""
@@ -175,7 +183,7 @@ class Ablation:
     def _finish(self, grid: Grid, row: Row, seed: int, title: str) -> bool:
         """Does what a row lacks; returns whether it was trained."""
         path = self._row_path(grid, row, seed)
-        if path.exists() and not self.fresh:
+        if self._is_there(path):
             print(f"[{title}] is there: {path.name}", flush=True)
             return False
         run_dir = self._run_dir(row, seed)
