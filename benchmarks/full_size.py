@@ -2,12 +2,12 @@
 
 python -m benchmarks.full_size --output full_size.jsonl            # a GPU of 80 GB, 2 minutes
 python -m benchmarks.full_size --toy                               # a CPU
-python -m benchmarks.full_size --table full_size.jsonl             # what was measured, as a table
+python -m benchmarks.full_size --table full_size.jsonl             # what was measured, as tables
 
 Targets have the published shapes and random weights, made where they run; rows are random tokens of
 the longest length. All else is the recipe's own file, run by train.py's classes: the target on
 every micro-batch, the drafter's forward and backward pass, the optimizer. A line of the output is
-one recipe; what is there is not measured again, unless it failed.
+one recipe; what is there with as many steps is not measured again, unless it failed.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures each recipe; returns the rows, which are in the output too."""
     device = torch.device("cpu" if options.toy else "cuda")
     output = Path(options.output) if options.output else None
-    rows = read_lines(output)
+    rows = read_rows(output)
     record = where_and_when(device)
     for name in options.recipes:
         settings = recipe(name, options.toy)
@@ -371,6 +371,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             "layers": settings["model"]["num_layers"],
             "accumulate": settings["trainer"]["accumulate_grad_batches"],
             "precision": settings["trainer"]["precision"],
+            "warmup": options.warmup,
+            "steps": options.steps,
         }
         same = [row for row in rows if line.items() <= row.items()]
         if any("failed" not in row for row in same):
@@ -396,43 +398,73 @@ def _measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------- showing
 
 
+SHOWN = ("rows", "accumulate", "target_parameters", "drafter_parameters", "target_bytes")
+SHOWN += ("batch_seconds", "target_seconds", "step_seconds", "blocks_per_second")
+SHOWN += ("tokens_per_second", "epoch_hours", "predicted_bytes")
+"""What a line has that did not fail, on a GPU or a CPU."""
+
+
+def read_rows(path: Path | None) -> list[dict[str, Any]]:
+    """Returns the lines of a file of this benchmark; none without one.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    try:
+        rows = read_lines(path)
+        ours = all("recipe" in row and ("failed" in row or row.keys() >= {*SHOWN}) for row in rows)
+    except (ValueError, TypeError, AttributeError):  # no text, no JSON, or no object a line
+        ours = False
+    if not ours:
+        raise UserError(f"{path} is not what --output of benchmarks.full_size writes.")
+    return rows
+
+
 def show(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns a markdown table; GB are 1e9 bytes."""
-    head = ("recipe", "target + drafter, M", "rows x tokens", "s a micro-batch", "target's pass")
-    head += ("s a step", "blocks/s", "tokens/s", "peak GB", "target GB", "step GB", "predicted")
-    head += ("step of predicted", "GB over weights and optimizer")
+    """Returns two markdown tables, of time and of memory; GB are 1e9 bytes."""
+    done = [row for row in rows if "failed" not in row]
+    sizes = {row["rows"] * row["accumulate"] for row in done}
+    step = f"s a step of {sizes.pop()} rows" if len(sizes) == 1 else "s a step"
+    head = ("recipe", "s a micro-batch", "of it the target's pass", step, "blocks/s", "tokens/s")
     head += (f"h an epoch of {EPOCH_ROWS:,} rows",)
-    lines = []
+    times = []
     for row in rows:
         if "failed" in row:
-            lines.append((row["recipe"], row["failed"], *[""] * (len(head) - 2)))
+            times.append((row["recipe"], row["failed"], *[""] * (len(head) - 2)))
             continue
-        memory = [row.get(f"{name}_bytes") for name in ("peak", "drafter_peak", "over_weights")]
-        peak, step, over = ("" if value is None else f"{value / 1e9:.1f}" for value in memory)
-        lines.append(
+        batch, target = row["batch_seconds"], row["target_seconds"]
+        times.append(
             (
                 row["recipe"],
-                f"{row['target_parameters'] / 1e6:,.0f} + {row['drafter_parameters'] / 1e6:,.1f}",
-                f"{row['rows']} x {row['tokens']:,}",
-                f"{row['batch_seconds']:.3f}",
-                f"{row['target_seconds']:.3f}",
+                f"{batch:.3f}",
+                f"{target:.3f} ({100 * target / batch:.0f} %)",
                 f"{row['step_seconds']:.2f}",
                 f"{row['blocks_per_second']:,.0f}",
                 f"{row['tokens_per_second']:,.0f}",
-                peak,
-                f"{row['target_bytes'] / 1e9:.1f}",
-                step,
-                f"{row['predicted_bytes'] / 1e9:.1f}",
-                f"{row['over_predicted']:.2f}" if "over_predicted" in row else "",
-                over,
                 f"{row['epoch_hours']:.1f}",
             )
         )
-    return "\n".join(markdown_rows(head, lines))
+    memory_head = ("recipe", "parameters, target + drafter", "target GB", "step GB", "predicted")
+    memory_head += ("step GB over weights and optimizer", "peak GB")
+    kinds = ("target", "drafter_peak", "predicted", "over_weights", "peak")
+    memory = [
+        (
+            row["recipe"],
+            f"{row['target_parameters'] / 1e6:,.0f} M + {row['drafter_parameters'] / 1e6:,.1f} M",
+            *(_gigabytes(row.get(f"{kind}_bytes")) for kind in kinds),
+        )
+        for row in done
+    ]
+    tables = [markdown_rows(head, times), *([markdown_rows(memory_head, memory)] if memory else [])]
+    return "\n\n".join("\n".join(lines) for lines in tables)
+
+
+def _gigabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e9:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints the table."""
+    """Measures and prints the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -440,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before the clock")
     parser.add_argument("--steps", type=int, help="optimizer steps on the clock: 2, a toy's 1")
     parser.add_argument("--output", help="JSON lines; what is there is not run again")
-    parser.add_argument("--table", help="print the table of such a file, and measure nothing")
+    parser.add_argument("--table", help="print the tables of such a file, and measure nothing")
     parser.add_argument("--toy", action="store_true", help="narrow targets on the CPU")
     options = parser.parse_args(arguments)
     if options.steps is None:
@@ -451,7 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.table:
             if not Path(options.table).is_file():
                 raise UserError(f"--table {options.table}: there is no such file.")
-            print(show(read_lines(Path(options.table))))
+            print(show(read_rows(Path(options.table))))
             return
         if options.warmup < 1 or options.steps < 1:
             raise UserError("--warmup and --steps must be at least 1.")

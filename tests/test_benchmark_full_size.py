@@ -10,6 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from benchmarks import full_size
+from tests.runs import ROOT
 from tests.test_target_recipes import TARGETS
 
 
@@ -60,9 +61,54 @@ def test_every_recipe_runs_and_a_failure_stops_none_of_the_others(tmp_path, monk
     monkeypatch.setattr(full_size, "measure", lambda name, _: asked.append(name) or {"failed": "x"})
     full_size.main(words)
     assert asked == ["llama-3-8b-instruct"]
-    capsys.readouterr()
-    full_size.main(["--table", str(output)])
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
+    full_size.main([*words, "--warmup", "2"])  # other figures than those
+    assert asked[1:] == list(full_size.PUBLISHED)
+
+
+MEASURED = {
+    "recipe": "llama-3-8b-instruct",
+    "rows": 4,
+    "accumulate": 8,
+    "target_parameters": 8_030_000_000,
+    "drafter_parameters": 939_600_000,
+    "batch_seconds": 0.309,
+    "target_seconds": 0.230,
+    "step_seconds": 2.46,
+    "blocks_per_second": 625.0,
+    "tokens_per_second": 26_678.0,
+    "epoch_hours": 4.3,
+    "target_bytes": 16_100_000_000,
+    "drafter_peak_bytes": 21_300_000_000,
+    "predicted_bytes": 21_200_000_000,
+    "over_weights_bytes": 10_000_000_000,
+    "peak_bytes": 37_300_000_000,
+}
+
+
+def test_the_tables_are_the_page_s(tmp_path, capsys):
+    page = (ROOT / "docs" / "performance.md").read_text()
+    rows = [MEASURED, {"recipe": "qwen3-4b", "failed": "out of memory"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    full_size.main(["--table", str(path)])
+    time, memory = capsys.readouterr().out.strip().split("\n\n")
+    *shown, failed = time.splitlines()
+    assert "\n".join(shown) in page
+    assert failed.startswith("| qwen3-4b | out of memory |")
+    assert memory in page
+
+
+@pytest.mark.parametrize(
+    "content", ["no JSON", "[1]\n", "3\n", '{"recipe": "x"}\n', '{"shape": 1}\n', b"\xff\xfe"]
+)
+def test_another_file_is_one_sentence(tmp_path, capsys, content):
+    path = tmp_path / "other"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for words in (["--table", str(path)], ["--toy", "--output", str(path)]):
+        with pytest.raises(SystemExit) as stopped:
+            full_size.main(words)
+        assert stopped.value.code == 2
+        assert "is not what --output of benchmarks.full_size writes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", full_size.PUBLISHED)
