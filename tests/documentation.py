@@ -17,14 +17,19 @@ _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")
 _INLINE = re.compile(r"`([^`]+)`")
 _COMMENT = re.compile(r"(?:^|\s)#(.*)")
-_MARKS = {"GPU": re.compile(r"\bGPUs?\b|\bH[12]00s?\b"), "network": re.compile(r"\bnetwork\b")}
+_IN_COMMENT = {"GPU": re.compile(r"\bGPUs?\b"), "network": re.compile(r"\bnetwork\b")}
+# in text, "one H100, 2026-11-26" says which card gave a figure, not that there must be one
+_IN_TEXT = _IN_COMMENT | {
+    "GPU": re.compile(r"\b(?:on|needs?) (?:an?|one|two|several) (?:GPU|H[12]00)s?\b|# GPU")
+}
 
 
 class Command(NamedTuple):
     """A command as a page shows it: its words, without comments.
 
     `needs` are those of "GPU" and "network" that the page tells its reader: in the command's
-    comment, in a line of comment above it in the same block, or, in text, in its paragraph or row.
+    comment, in a line of comment above it in the same block, or, in text, in its paragraph or row,
+    where that says what it runs on.
     """
 
     page: str
@@ -52,23 +57,25 @@ def commands(page: Path) -> list[Command]:
     for block in _INDENTED.finditer(text):
         blocks.append((block.group(), "", text[: block.start()].rstrip().rpartition("\n\n")[2]))
     for body, kind, above in blocks:
+        told = ""  # by the line of comment above
         assert kind in ("", "sh"), f"{name}: commands stand in ``` or ```sh, not ```{kind}"
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             comment = "".join(_COMMENT.findall(line))
             if words:
                 assert words[0] in PROGRAMS, f"{name}: {line!r} is no command"
-                found.append(Command(name, tuple(words), _marks(above + comment)))
+                marks = _marks(above, _IN_TEXT) | _marks(told + comment, _IN_COMMENT)
+                found.append(Command(name, tuple(words), marks))
             else:
-                above = comment
+                told = comment
     for paragraph in re.split(r"\n\n|\n(?=\|)", _INDENTED.sub("", text)):
         for quoted in _INLINE.findall(paragraph):
             words = quoted.split()
             if words[0] in PROGRAMS and len(words) > (3 if words[1:2] == ["-m"] else 1):
                 words = shlex.split(quoted.replace("\n", " "))
-                found.append(Command(name, tuple(words), _marks(paragraph)))
+                found.append(Command(name, tuple(words), _marks(paragraph, _IN_TEXT)))
     return found
 
 
-def _marks(said: str) -> frozenset[str]:
-    return frozenset(need for need, mark in _MARKS.items() if mark.search(said))
+def _marks(said: str, marks: dict[str, re.Pattern[str]]) -> frozenset[str]:
+    return frozenset(need for need, mark in marks.items() if mark.search(said))

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import data.regenerate
+from tests import documentation
 from tests.documentation import PAGES, commands
 from tests.runs import QUESTIONS, ROOT, train
 from tests.test_docs import ELIDED
@@ -127,6 +128,20 @@ def shape(words: Words) -> Words:
 def test_a_command_that_is_not_run_is_marked_on_its_page(command):
     missing = needs(command.words) - command.needs
     assert not missing, f"{command} needs {missing}: the page does not say so"
+
+
+def test_a_card_that_gave_a_figure_is_no_mark(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "2.0 times (`make a`, one H100, 2026).\n\n2.0 times (on a GPU: `make b`).\n\n"
+        "As NVIDIA H200 measured:\n\n    make c\n    make d  # GPU\n\n"
+        "```\n# GPUs\nmake e\nmake f   # GPU, network\nmake g\n```\n"
+    )
+    monkeypatch.setattr(documentation, "ROOT", tmp_path)
+    told = {one.words[1]: set(one.needs) for one in commands(page)}
+    both = {"GPU", "network"}
+    gpu = {"GPU"}
+    assert told == {"a": set(), "b": gpu, "c": set(), "d": gpu, "e": gpu, "f": both, "g": gpu}
 
 
 def test_every_exception_is_a_command_that_is_shown():

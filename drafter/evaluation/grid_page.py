@@ -29,7 +29,7 @@ def grid_page(result: Mapping[str, Any]) -> str:
     parts = [
         f"# {stem}",
         _facts(result, rows),
-        f"    python {result['command']}",
+        f"    python {result['command']}{'' if result['device_name'] == 'CPU' else '  # GPU'}",
         f"![Accepted length]({stem}-accepted_length.png)",
         _lengths(figures, names),
         *_block_sizes(result, mode),
