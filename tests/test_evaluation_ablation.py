@@ -15,6 +15,7 @@ import drafter.evaluation.ablation as ablation_module
 import evaluate
 from drafter.errors import UserError
 from drafter.evaluation.ablation import OLDER, Ablation
+from drafter.evaluation.grid_page import grid_page
 from drafter.evaluation.recipes import Row, read_grid
 from drafter.files import file_stamp
 from drafter.target import Target
@@ -221,6 +222,9 @@ def test_a_grid_s_page_has_its_rows_their_gain_and_its_plots(place):
     for picture in re.findall(r"\]\(([^)]+)\)", page):
         assert (place / "pages" / picture).read_bytes().startswith(b"\x89PNG")
     assert page.count("](") == 3
+    command = f"    python {result['command']}"
+    assert f"{command}\n" in page  # made on a CPU
+    assert f"{command}  # GPU\n" in grid_page(result | {"device_name": "a card"})
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have(place):
