@@ -366,8 +366,9 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(place, monkeypatch, 
 
     monkeypatch.setattr(DrafterModule, "training_step", counted)
     epochs = ["--trainer.max_epochs=3"]
-    with pytest.raises(RuntimeError, match="cut off"):
+    with pytest.raises(SystemExit):
         run(place, overrides=epochs)
+    assert "uniform, seed 0 (RuntimeError: cut off)" in capsys.readouterr().err
     del steps[:]
     monkeypatch.setattr(DrafterModule, "training_step", real)
     seen = []
@@ -377,8 +378,9 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(place, monkeypatch, 
         lambda self, batch, i: seen.append(self.global_step) or real(self, batch, i),
     )
     run(place, overrides=epochs)
-    assert seen[:10] == list(range(5, 15))  # on from the first epoch's checkpoint
-    assert seen[10:] == list(range(15))  # the other row, whole
+    assert seen == list(
+        range(5, 15)
+    )  # on from the first epoch's checkpoint; the other row is there
 
 
 def test_other_prompts_and_fewer_seeds_are_no_older_recipes(place):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafter.evaluation.markdown import figure_rows, markdown_rows
-from drafter.evaluation.plots import main_mode
+from drafter.evaluation.plots import BLANK, COLOURS, main_mode
 from drafter.evaluation.results import AVERAGE, by_block_size, names_of
 from drafter.evaluation.tables import number, signed
 
@@ -40,6 +40,7 @@ def grid_page(result: Mapping[str, Any]) -> str:
         _wastes(figures, names),
         "## Acceptance by position",
         f"![Acceptance by position]({stem}-acceptance_by_position.png)",
+        *([BLANK] if len(figures) > len(COLOURS) else []),
         "## Accepted length by tokens of the prompt, all sets pooled",
         _by_prompt_length(figures),
     ]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafter.evaluation.markdown import comparison_rows, with_interval
-from drafter.evaluation.plots import main_mode, plot_result
+from drafter.evaluation.plots import BLANK, COLOURS, main_mode, plot_result
 from drafter.evaluation.results import AVERAGE, names_of
 from drafter.evaluation.tables import number, replay_cost
 
@@ -31,6 +31,8 @@ EXPLAINED = {
     "waste": "Of all drafts that are right, the share that stands behind an error of its block and "
     "is lost to left-to-right verification.",
 }
+
+MANY = f"{EXPLAINED['acceptance_by_position'].partition(' Bands')[0]} {BLANK}"
 
 
 def html_page(results: Sequence[Mapping[str, Any]], title: str = "Drafters, measured") -> str:
@@ -55,10 +57,12 @@ def html_page(results: Sequence[Mapping[str, Any]], title: str = "Drafters, meas
 
 def _parts(result: Mapping[str, Any]) -> list[str]:
     parts = [_facts(result, result["target"], result["settings"])]
+    many = len(result["drafters"]) > len(COLOURS)
+    explained = {**EXPLAINED, "acceptance_by_position": MANY} if many else EXPLAINED
     for name, png in plot_result(result).items():
         data = base64.b64encode(png).decode()
         parts.append(
-            f"<section><h2>{TITLES[name]}</h2><p>{EXPLAINED[name]}</p>"
+            f"<section><h2>{TITLES[name]}</h2><p>{explained[name]}</p>"
             f'<img alt="{TITLES[name]}" src="data:image/png;base64,{data}"></section>'
         )
     for mode in ("replay", "decode"):

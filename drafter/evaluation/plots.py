@@ -11,10 +11,13 @@ from typing import Any
 from drafter.evaluation.results import AVERAGE, by_block_size, by_search, names_of
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
-"""Paul Tol's bright scheme: told apart by the colour-blind too. More rows than these get shades."""
+"""Paul Tol's bright scheme: told apart by the colour-blind too. More rows than these have a line
+each (`_points`, `_position_fields`)."""
 
 TOO_WIDE = 0.4
 """Of an interval: from where so little is known on, fields stay blank."""
+BLANK = f"White: from where on the 95 % interval is wider than {TOO_WIDE}."
+"""What to say beside a picture with a line for each of many rows."""
 SEARCH_STYLES = {"one draft": ("*", ""), "tree": ("o", "-"), "self-select": ("s", "--")}
 """Marker and line of each way to draft."""
 
