@@ -16,7 +16,7 @@ each (`_points`, `_position_fields`)."""
 
 TOO_WIDE = 0.4
 """Of an interval: from where so little is known on, fields stay blank."""
-BLANK = f"White: from where on the 95 % interval is wider than {TOO_WIDE}."
+BLANK = f"White: not drafted, or from where the 95 % interval is wider than {TOO_WIDE}."
 """What to say beside a picture with a line for each of many rows."""
 SEARCH_STYLES = {"one draft": ("*", ""), "tree": ("o", "-"), "self-select": ("s", "--")}
 """Marker and line of each way to draft."""
