@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 
 
@@ -12,6 +13,10 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        # files of one second are read by the order of their names, .10 before .9
+        tag: [
+            (event.step, event.value)
+            for event in sorted(events.Scalars(tag), key=attrgetter("wall_time"))
+        ]
         for tag in events.Tags()["scalars"]
     }

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import tuning
+from benchmarks.curves import scalars
 
 ROWS = [
     {"name": "short", "flags": {"trainer.max_epochs": 1}},
@@ -152,3 +154,14 @@ def test_a_share_that_is_none_is_one_sentence(tmp_path, trained, capsys, share):
     with pytest.raises(SystemExit):
         run(tmp_path, "--share", share)
     assert "such as 2/4" in capsys.readouterr().err
+
+
+def test_curves_of_two_files_come_in_the_order_that_they_were_written_in(tmp_path):
+    for name, steps in (("9", (0, 1)), ("10", (2, 3))):  # read the other way round
+        writer = SummaryWriter(str(tmp_path / name))
+        for step in steps:
+            writer.add_scalar("loss", float(-step), step)
+        writer.close()
+        (made,) = (tmp_path / name).iterdir()
+        made.rename(tmp_path / f"events.out.tfevents.1.host.1.{name}")
+    assert scalars(tmp_path) == {"loss": [(step, -step) for step in range(4)]}
