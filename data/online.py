@@ -411,6 +411,8 @@ class OnlineHiddenStates(LightningDataModule):
             limit=self.predict_limit,
         )
         own = prompts[rank::world_size]
+        # a rank may have none
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         return DataLoader(own, batch_size=None, collate_fn=lambda prompt: prompt)  # type: ignore[arg-type]
 
     def steps_per_epoch(self) -> int:
