@@ -38,14 +38,12 @@ class Prompt(EvalPrompt):
     """A prompt to measure with or to answer; what `EvalPrompt` holds, and its words.
 
     Attributes:
-        text: the rendering that `ids` are the tokens of, generation prompt included.
         turns: what the user says in each turn. Only those up to `turn` are rendered: a later one
             needs the target's answer to the one before (see `FollowUps`).
         messages: what is rendered; empty for a row that came tokenised.
         tools: passed to the template.
     """
 
-    text: str = ""
     turns: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
     tools: Any = None
