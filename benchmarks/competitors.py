@@ -27,7 +27,7 @@ from drafter.blocks import DraftBatch, count_valid
 from drafter.graphs import StepGraphs
 from drafter.guard import NonFiniteGuard
 from drafter.module import DrafterModule
-from drafter.optimisation import OptimiserSettings, make_optimizer
+from drafter.optimisation import OptimiserSettings, clip, make_optimizer
 from drafter.target import Target
 from losses import CombinedLoss
 
@@ -193,7 +193,7 @@ class Ours(Competitor):
 
     def update(self) -> None:
         """See `Competitor`."""
-        norm = nn.utils.clip_grad_norm_(self.trained, self.module.hparams.max_grad_norm)
+        norm = clip(self.optimizer, self.trained, self.module.hparams.max_grad_norm)
         self.guard.protect(self.optimizer, self.trained, norm, self.case.batch, self.steps)
         self.optimizer.step()
         self.scheduler.step()

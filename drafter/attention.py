@@ -32,6 +32,8 @@ FLEX_MIN_SCORES = 1 << 20
 880,000 of them an H100 spends as long on either, 25 ms a step, and compiling flex takes 20 s."""
 
 FLEX_MIN_HEAD_DIM = 16
+TILE = 128
+"""Queries, and keys, that flex_attention's mask is kept for together."""
 
 
 class LayerAttention(NamedTuple):
@@ -232,7 +234,7 @@ def _dense_mask(
 def _flex_mask(
     anchors_BA: Tensor, document_ids_BS: Tensor, block_size: int, layer: LayerAttention = FULL
 ) -> Any:
-    rows, context_length = document_ids_BS.shape
+    context_length = document_ids_BS.shape[1]
     slots = anchors_BA.shape[1] * block_size
     anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
     # filled on the device: a copy from the host would wait for it
@@ -252,22 +254,86 @@ def _flex_mask(
             layer,
         )
 
-    on_cuda = anchors_BA.is_cuda
-    create = _compiled_create_block_mask() if on_cuda else _flex_module().create_block_mask
-    return create(
-        mask_mod, rows, None, slots, context_length + slots, device=str(anchors_BA.device)
+    tiles = _classify_tiles(anchors_BA, anchor_document_BA, document_ids_BS, block_size, layer)
+    some, every = (_as_lists(kind_BUV) for kind_BUV in tiles)
+    lengths = (slots, context_length + slots)
+    return _flex_module().BlockMask.from_kv_blocks(
+        *some, *every, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=lengths
     )
+
+
+def _classify_tiles(
+    anchors_BA: Tensor,
+    anchor_document_BA: Tensor,
+    document_ids_BS: Tensor,
+    block_size: int,
+    layer: LayerAttention,
+) -> tuple[Tensor, Tensor]:
+    """Returns which tiles of scores flex_attention visits: those to mask, and those seen whole.
+
+    From the least and largest anchor and document of a tile's queries and keys: no score is looked
+    at. A tile that is neither holds nothing visible; one to mask may not either, which costs time.
+
+    Returns:
+        (B, U, V) bool each, of U tiles of queries and V of keys, the last ones perhaps cut off.
+    """
+    context, slots = document_ids_BS.shape[1], anchors_BA.shape[1] * block_size
+    device = anchors_BA.device
+    anchor_BQ = anchors_BA.repeat_interleave(block_size, 1)
+    least_BU1, most_BU1 = _ranges(anchor_BQ)
+    document_BU1 = _ranges(anchor_document_BA.repeat_interleave(block_size, 1))
+    block_Q = torch.arange(slots, device=device) // block_size
+    block_1U1 = _ranges(block_Q[None])
+
+    # keys: of the context's documents -1 behind its end, of the slots' blocks -1 before it
+    document_BS = F.pad(document_ids_BS, (0, slots), value=-1)
+    document_B1V = [bound.mT for bound in _ranges(document_BS)]
+    block_11V = [bound.mT for bound in _ranges(F.pad(block_Q[None], (context, 0), value=-1))]
+    start_V = torch.arange(0, context + slots, TILE, device=device)
+    last_V = (start_V + TILE - 1).clamp(max=context + slots - 1)
+
+    near, within = last_V >= 0, start_V >= 0  # all of them
+    if layer.window is not None:
+        near = last_V > least_BU1 - layer.window
+        within = start_V > most_BU1 + block_size - 1 - layer.window
+    in_context = (start_V < context) & (start_V < most_BU1) & near & (document_B1V[1] >= 0)
+    in_context = in_context & _meet(document_BU1, document_B1V)
+    own_block = (last_V >= context) & _meet(block_1U1, block_11V)
+    some_BUV = in_context | own_block
+
+    # slots see all of their block but for a window or causality, all of the context before it
+    one_document = (document_BU1[0] == document_BU1[1]) & (document_B1V[0] == document_B1V[1])
+    every_BUV = in_context & one_document & (last_V < context) & (last_V < least_BU1) & within
+    if layer == FULL:
+        one_block = (block_1U1[0] == block_1U1[1]) & (block_11V[0] == block_11V[1])
+        every_BUV = every_BUV | (own_block & one_block & (start_V >= context))
+    whole_U1 = torch.arange(TILE, slots + TILE, TILE, device=device)[:, None] <= slots
+    every_BUV = every_BUV & whole_U1 & (start_V + TILE <= context + slots)
+    return some_BUV & ~every_BUV, every_BUV
+
+
+def _ranges(numbers_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the least and the largest number of each tile, (B, U, 1)."""
+    last_BP = numbers_BN[:, -1:].expand(-1, -numbers_BN.shape[1] % TILE)
+    tiles_BUN = torch.cat((numbers_BN, last_BP), 1).view(len(numbers_BN), -1, TILE)
+    return tiles_BUN.amin(-1, keepdim=True), tiles_BUN.amax(-1, keepdim=True)
+
+
+def _meet(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Returns whether two ranges (least, largest) have a number in common."""
+    return (one[0] <= other[1]) & (other[0] <= one[1])
+
+
+def _as_lists(tiles_BUV: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns how many tiles of keys (B, 1, U) are meant, and which first (B, 1, U, V), int32."""
+    order = tiles_BUV.int().argsort(dim=-1, descending=True, stable=True)
+    return tiles_BUV.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 def _flex_module() -> Any:
     from torch.nn.attention import flex_attention
 
     return flex_attention
-
-
-@functools.cache
-def _compiled_create_block_mask() -> Callable[..., Any]:
-    return torch.compile(_flex_module().create_block_mask, dynamic=True)
 
 
 @functools.cache

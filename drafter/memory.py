@@ -144,7 +144,7 @@ def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:
     """Returns the bytes of the mask and of what `Drafter.forward` keeps for its backward pass."""
     hidden, query, kv, taps = _widths(config)
     layers, head = config.num_hidden_layers, config.head_dim
-    value, mixed = sizes.compute_bytes, sizes.compute_bytes < FP32
+    value = sizes.compute_bytes
     cuda, sdpa = sizes.device == "cuda", sizes.attention == "sdpa"
     norm = FP32 if cuda else 2 * FP32  # per value: under autocast it keeps an fp32 copy too
     statistic = FP32  # per normalised vector
@@ -153,7 +153,7 @@ def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:
     normed = hidden * value  # a norm's output, in the dtype of the products that read it
 
     # a context token: fc and hidden_norm once, a normalised key in every layer
-    context = taps * value if mixed or sizes.feature_bytes != FP32 else 0
+    context = taps * value if sizes.feature_bytes != value else 0
     context += norm * hidden + statistic + rope
     context += normed
     context += layers * (norm * kv + statistic * kv // head)

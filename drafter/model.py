@@ -25,6 +25,7 @@ from drafter.config import DrafterConfig
 from drafter.draft_vocabulary import ReducedHead
 from drafter.errors import UserError
 from drafter.head import FrozenHead
+from drafter.recompute import keep_products_only
 
 
 @dataclass
@@ -249,7 +250,9 @@ class Drafter(PreTrainedModel):
             positions: (B, S) int64 positions within the document.
             context: What earlier calls returned; it is not changed.
         """
-        features_BSD = self.hidden_norm(self.fc(hidden_states.to(self._input_dtype())))
+        if not torch.is_autocast_enabled(hidden_states.device.type):  # which casts by itself
+            hidden_states = hidden_states.to(self._input_dtype())
+        features_BSD = self.hidden_norm(self.fc(hidden_states))
         features_BSD = for_products(features_BSD)
         rope = self._rope(positions)
         new = [layer.self_attn.keys_values(features_BSD, rope) for layer in self._layers()]
@@ -293,10 +296,12 @@ class Drafter(PreTrainedModel):
         if self.config.embedding_scale != 1.0:
             x_BQD = x_BQD * self.config.embedding_scale
         rope = self._rope(block_positions.flatten(1))
+        lean = torch.compiler.is_compiling() and torch.is_grad_enabled()
         for layer, keys, values, one in zip(
             self._layers(), context.keys, context.values, seen, strict=True
         ):
-            x_BQD = layer(x_BQD, rope, (keys, values), one)
+            given = (x_BQD, rope, (keys, values), one)
+            x_BQD = keep_products_only(layer, *given) if lean else layer(*given)
         # the norm last: FSDP2 would warn of a view that an in-place operation could change
         out: Tensor = self.norm(x_BQD.view(rows, blocks, block_size, x_BQD.shape[-1]))
         return out

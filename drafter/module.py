@@ -7,7 +7,6 @@ L tapped layers, M = B*A blocks.
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,11 +34,12 @@ from drafter.optimisation import (
     OptimiserSettings,
     OptimizerKind,
     apply_settings,
+    clip,
     make_optimizer,
     number_as_module,
 )
 from drafter.ranks import sum_over_ranks
-from drafter.sharding import full, is_sharded, shard, whole
+from drafter.sharding import is_sharded, shard, whole
 from drafter.soft_labels import SoftLabels, check_linear, soft_labels
 from drafter.target import Target, check_layer_ids, default_layer_ids
 from drafter.training_log import WindowLog
@@ -709,10 +709,7 @@ class DrafterModule(LightningModule):
                 "are clipped by norm."
             )
         limit = gradient_clip_val if gradient_clip_val is not None else self.hparams.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in self.parameters() if p.grad is not None], limit or math.inf
-        )
-        norm = full(norm)
+        norm = clip(optimizer, self.parameters(), limit)
         if self.trainer._logger_connector.should_update_logs:
             self.log("train/grad_norm", norm)
         assert self._batch is not None

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drafter.muon import Muon
+from drafter.sharding import full
 
 OptimizerKind = Literal["adamw", "muon"]
+CLIP_EPSILON = 1e-6
+"""Added to the norm, as `torch.nn.utils.clip_grad_norm_` adds it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,33 @@ def learning_rate_factor(settings: OptimiserSettings, total_steps: int) -> Calla
         return warmup_cosine(step, warmup=warmup, total=total_steps, floor=floor)
 
     return factor
+
+
+def clip(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], limit: float
+) -> Tensor:
+    """Clips gradients by their norm, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        optimizer: About to step. A fused AdamW is told what to divide by (what a GradScaler sets)
+            and does it as it reads the gradients; for others these are changed here.
+        parameters: Trained.
+        limit: Of the norm; 0 for none.
+
+    Returns:
+        (), the norm before clipping, over all ranks if gradients are sharded.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    whole_norm = full(norm)
+    if not limit:
+        return whole_norm
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        factor = (whole_norm + CLIP_EPSILON) / limit
+        optimizer.grad_scale = factor.clamp(min=1.0)  # type: ignore[attr-defined]
+    else:
+        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+    return whole_norm
 
 
 def number_as_module(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from drafter import attention as attention_module
 from drafter.attention import (
     FULL,
+    TILE,
     LayerAttention,
     _flex_works,
     attend,
@@ -82,6 +84,66 @@ def test_the_mask_equals_its_element_by_element_definition(case, attention, laye
     ]
     seen = visibility.flex.mask_mod(grid[0], torch.zeros(1).long(), grid[1], grid[2])
     assert torch.equal(seen, expected[:, 0])
+
+
+def tiles_of(counts, indices, shape):
+    """Returns (B, U, V) bool from flex_attention's lists of tiles."""
+    found = torch.zeros(shape, dtype=torch.bool)
+    for b in range(shape[0]):
+        for u in range(shape[1]):
+            found[b, u, indices[b, 0, u, : counts[b, 0, u]].long()] = True
+    return found
+
+
+def tiled_cases():
+    """Yields anchors, documents and block sizes of several tiles each way."""
+    torch.manual_seed(1)
+    for context, block_size, spread in ((300, 16, 1), (384, 7, 3), (257, 130, 1), (512, 24, 5)):
+        anchors = torch.stack([torch.randperm(context)[:20] for _ in range(2)])
+        anchors = anchors.sort(1).values if spread < 5 else anchors
+        anchors[1, -3:] = -1
+        documents = torch.arange(context) * spread // context
+        documents = torch.stack([documents, documents])
+        documents[1, context - 40 :] = -1
+        yield anchors, documents, block_size
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_tiles_hold_all_that_is_visible_and_whole_ones_nothing_else(layer):
+    layer, whole_tiles = LAYERS[layer], 0
+    for anchors, documents, block_size in tiled_cases():
+        dense = build_visibility(anchors, documents, block_size, "sdpa", layer=layer).dense[:, 0]
+        mask = build_visibility(anchors, documents, block_size, "flex", layer=layer).flex
+        rows, slots, keys = dense.shape
+        shape = (rows, -(-slots // TILE), -(-keys // TILE))
+        some = tiles_of(mask.kv_num_blocks, mask.kv_indices, shape)
+        every = tiles_of(mask.full_kv_num_blocks, mask.full_kv_indices, shape)
+        assert not (some & every).any()
+        assert mask.seq_lengths == (slots, keys)
+        padded = torch.zeros(rows, shape[1] * TILE, shape[2] * TILE, dtype=torch.bool)
+        padded[:, :slots, :keys] = dense
+        by_tile = padded.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE))
+        anything, everything = by_tile.any(4).any(2), by_tile.all(4).all(2)
+        assert not (anything & ~some & ~every).any()
+        assert not (every & ~everything).any()
+        whole_tiles += int(every.sum())
+    assert (whole_tiles > 0) == (layer.window is None)  # no window here is as wide as a tile
+
+
+def test_tiles_of_sorted_anchors_in_one_document_are_those_that_hold_something():
+    anchors = torch.arange(1, 2001, 13)[None]
+    documents = torch.zeros(1, 2048).long()
+    mask = build_visibility(anchors, documents, 16, "flex").flex
+    truth = create_block_mask(mask.mask_mod, 1, None, *mask.seq_lengths, device="cpu")
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts = [getattr(one, f"{name}_num_blocks") for one in (mask, truth)]
+        assert torch.equal(*counts)
+        shape = (1, counts[0].shape[-1], getattr(mask, f"{name}_indices").shape[-1])
+        tiles = [
+            tiles_of(count, getattr(one, f"{name}_indices"), shape)
+            for count, one in zip(counts, (mask, truth), strict=True)
+        ]
+        assert torch.equal(*tiles)
 
 
 def test_flex_and_sdpa_attend_alike():
