@@ -252,10 +252,7 @@ class Drafter(PreTrainedModel):
         """
         if not torch.is_autocast_enabled(hidden_states.device.type):  # which casts by itself
             hidden_states = hidden_states.to(self._input_dtype())
-        features_BSD = self.hidden_norm(self.fc(hidden_states))
-        features_BSD = for_products(features_BSD)
-        rope = self._rope(positions)
-        new = [layer.self_attn.keys_values(features_BSD, rope) for layer in self._layers()]
+        new = _lean(self._keys_values, hidden_states, self._rope(positions))
         if context is None or context.length == 0:
             return DraftContext([keys for keys, _ in new], [values for _, values in new])
         return DraftContext(
@@ -296,12 +293,10 @@ class Drafter(PreTrainedModel):
         if self.config.embedding_scale != 1.0:
             x_BQD = x_BQD * self.config.embedding_scale
         rope = self._rope(block_positions.flatten(1))
-        lean = torch.compiler.is_compiling() and torch.is_grad_enabled()
         for layer, keys, values, one in zip(
             self._layers(), context.keys, context.values, seen, strict=True
         ):
-            given = (x_BQD, rope, (keys, values), one)
-            x_BQD = keep_products_only(layer, *given) if lean else layer(*given)
+            x_BQD = _lean(layer, x_BQD, rope, (keys, values), one)
         # the norm last: FSDP2 would warn of a view that an in-place operation could change
         out: Tensor = self.norm(x_BQD.view(rows, blocks, block_size, x_BQD.shape[-1]))
         return out
@@ -333,6 +328,13 @@ class Drafter(PreTrainedModel):
         self._reduced = None  # other tokens may come
         super()._load_from_state_dict(*args)
 
+    def _keys_values(
+        self, hidden_states: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Returns every layer's keys and values (B, G, S, E) of target features."""
+        features_BSD = for_products(self.hidden_norm(self.fc(hidden_states)))
+        return [layer.self_attn.keys_values(features_BSD, rope) for layer in self._layers()]
+
     def _layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", list(self.layers))
 
@@ -345,6 +347,13 @@ class Drafter(PreTrainedModel):
     def _input_dtype(self) -> torch.dtype:
         # under autocast the residual stream stays in the dtype of the (fp32) weights
         return self.fc.weight.dtype
+
+
+def _lean(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns `function(*args)`; in a compiled training step little of it is kept."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return keep_products_only(function, *args)
+    return function(*args)
 
 
 def for_products(x: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -38,21 +37,20 @@ _KEPT = frozenset(
 )
 
 
-def keep_products_only(layer: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Returns `layer(*args)`; its backward pass computes all but products and attention again.
+def keep_products_only(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns `function(*args)`; its backward pass computes all but products and attention again.
 
     Args:
-        layer: Draws no random numbers.
+        function: Draws no random numbers.
         args: What it is given.
     """
-    out: Tensor = checkpoint(
-        layer,
+    return checkpoint(
+        function,
         *args,
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=functools.partial(create_selective_checkpoint_contexts, _policy),
     )
-    return out
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from functorch.compile import min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
 from drafter import model as model_module
@@ -38,7 +38,7 @@ def traced():
     def keep(name):
         def compiler(graph, _):
             graphs[name] = graph.graph
-            return graph
+            return make_boxed_func(graph)
 
         return compiler
 
@@ -106,7 +106,7 @@ def test_neither_weights_in_the_products_dtype_nor_gates_are_kept(graphs_and_ste
 
 def test_by_itself_a_compiler_keeps_more(monkeypatch):
     """Or there would be no need of all this."""
-    monkeypatch.setattr(model_module, "keep_products_only", lambda layer, *args: layer(*args))
+    monkeypatch.setattr(model_module, "keep_products_only", lambda function, *args: function(*args))
     drafter = small_drafter()
     backend, graphs = traced()
     torch._dynamo.reset()
