@@ -255,10 +255,11 @@ def _flex_mask(
         )
 
     tiles = _classify_tiles(anchors_BA, anchor_document_BA, document_ids_BS, block_size, layer)
-    some, every = (_as_lists(kind_BUV) for kind_BUV in tiles)
+    by_queries = [part for kind_BUV in tiles for part in _as_lists(kind_BUV)]
+    by_keys = [part for kind_BUV in tiles for part in _as_lists(kind_BUV.mT)]
     lengths = (slots, context_length + slots)
-    return _flex_module().BlockMask.from_kv_blocks(
-        *some, *every, BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=lengths
+    return _flex_module().BlockMask(
+        lengths, *by_queries, *by_keys, BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod
     )
 
 
@@ -325,7 +326,7 @@ def _meet(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 
 
 def _as_lists(tiles_BUV: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns how many tiles of keys (B, 1, U) are meant, and which first (B, 1, U, V), int32."""
+    """Returns how many tiles of a row are meant (B, 1, U), and these first (B, 1, U, V), int32."""
     order = tiles_BUV.int().argsort(dim=-1, descending=True, stable=True)
     return tiles_BUV.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 

@@ -87,7 +87,7 @@ class FrozenHead:
         """Returns logits (..., V) in fp32 (fp64 for an fp64 head) of hidden states (..., D)."""
         with torch.autocast(hidden.device.type, enabled=False):
             flat_TD = hidden.reshape(-1, hidden.shape[-1]).to(self.weight.dtype)
-            logits_TV = _matmul_fp32(flat_TD, self.weight.t())
+            logits_TV = matmul_fp32(flat_TD, self.weight.t())
             if self.bias is not None:
                 logits_TV = logits_TV + self.bias.to(logits_TV.dtype)
             if self.scale != 1.0:
@@ -319,10 +319,10 @@ def cap_slope(logits: Tensor, softcap: float) -> Tensor:
 def weighted_rows(head: FrozenHead, weights_CV: Tensor) -> Tensor:
     """Returns sum_v weights_v W_v, (C, D) in fp32 (fp64 for an fp64 head)."""
     with torch.autocast(weights_CV.device.type, enabled=False):
-        return _matmul_fp32(weights_CV, head.weight)
+        return matmul_fp32(weights_CV, head.weight)
 
 
-def _matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     """Returns `left @ right` with an fp32 result, without rounding sums to bf16 where it can."""
     if left.dtype in (torch.float32, torch.float64):
         return left @ right

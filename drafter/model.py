@@ -25,7 +25,7 @@ from drafter.config import DrafterConfig
 from drafter.draft_vocabulary import ReducedHead
 from drafter.errors import UserError
 from drafter.head import FrozenHead
-from drafter.recompute import keep_products_only
+from drafter.recompute import keep_products_only, product
 
 
 @dataclass
@@ -56,6 +56,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class Projection(nn.Linear):
+    """A linear map; in a compiled step under autocast its weight's gradient is not rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (..., out) of x (..., in)."""
+        compiled = torch.compiler.is_compiling() and torch.is_autocast_enabled(x.device.type)
+        if not compiled or self.bias is not None:
+            return super().forward(x)
+        return product(for_products(x), self.weight)
+
+
 class DraftAttention(nn.Module):
     """Queries from the block; keys and values from [context ; block] with the same projections."""
 
@@ -65,10 +76,10 @@ class DraftAttention(nn.Module):
         kv_heads = config.num_key_value_heads or config.num_attention_heads
         bias = config.attention_bias
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=bias)
+        self.q_proj = Projection(width, config.num_attention_heads * head_dim, bias=bias)
+        self.k_proj = Projection(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = Projection(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = Projection(config.num_attention_heads * head_dim, width, bias=bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
@@ -105,9 +116,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Projection(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Projection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., D) of x (..., D)."""
@@ -179,7 +190,7 @@ class Drafter(PreTrainedModel):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
-        self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
+        self.fc = Projection(len(config.target_layer_ids) * width, width, bias=False)
         self.hidden_norm = RMSNorm(width, config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, config.rms_norm_eps)

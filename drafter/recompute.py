@@ -13,11 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from drafter.head import matmul_fp32
 
 # torch warns of operations in place, of which there are none here
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(
@@ -51,6 +55,35 @@ def keep_products_only(function: Callable[..., Any], *args: Any) -> Any:
         preserve_rng_state=False,
         context_fn=functools.partial(create_selective_checkpoint_contexts, _policy),
     )
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x @ weight.T in the dtype of x; the gradient of `weight` comes in fp32, unrounded.
+
+    Autocast would keep a copy of the weight in the products' dtype for the backward pass, and turn
+    a gradient of that dtype into fp32 in a kernel of its own.
+
+    Args:
+        x: (..., D) in the dtype of products.
+        weight: (F, D) in fp32.
+    """
+    out: Tensor = _Product.apply(x, weight)
+    return out
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_FD: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_FD)
+        return x @ weight_FD.to(x.dtype).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight_FD = ctx.saved_tensors
+        grad_x = grad @ weight_FD.to(x.dtype) if ctx.needs_input_grad[0] else None
+        flat_TF, flat_TD = grad.flatten(0, -2), x.flatten(0, -2)
+        return grad_x, matmul_fp32(flat_TF.t(), flat_TD).to(weight_FD.dtype)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -317,7 +317,7 @@ def test_how_many_chunks_of_logits_live_together(monkeypatch, head, dtype, names
         with _disable_current_modes():
             return out.copy_(left @ right)
 
-    monkeypatch.setattr(head_module, "_matmul_fp32", matmul)
+    monkeypatch.setattr(head_module, "matmul_fp32", matmul)
     chunk, vocab, width = 256, 4096, 8
     bias = torch.randn(vocab, dtype=dtype) if head.get("bias") else None
     rest = {name: value for name, value in head.items() if name != "bias"}

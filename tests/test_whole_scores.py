@@ -229,7 +229,7 @@ def test_low_precision_slopes_stay_near(monkeypatch, dtype):
     def exact(left, right):  # as on a GPU: sums and results are fp32, whatever goes in
         return left.float() @ right.float()
 
-    monkeypatch.setattr(head_module, "_matmul_fp32", exact)
+    monkeypatch.setattr(head_module, "matmul_fp32", exact)
     torch.manual_seed(0)
     rows = torch.randn(30_000, 16).to(dtype)
     hidden = (0.01 * torch.randn(6, 16)).to(dtype).float().requires_grad_()
