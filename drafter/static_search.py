@@ -1,7 +1,7 @@
 """Trees of drafts, and drafts cut by confidence, decoded from recordings: one prompt at a time.
 
 Legend: N drafted slots, K = N + 1 block size, n nodes of a tree, B = 1 row, L tapped layers, D
-hidden size, R tokens of a slot, M drafts.
+hidden size, R tokens of a slot, M drafts, P places of a response.
 
 A round is two recordings (CUDA graphs) and a little work of the host's between them. The first
 takes in what the last round accepted, and drafts; the host builds the tree, or cuts the draft. The
@@ -105,7 +105,7 @@ class StaticSearchDecoder(StaticRows):
             self._told = torch.zeros(told, dtype=torch.double, device=device)
             self._chosen_1n = self._length_B.new_zeros(1, 1 + most)
             # what drafts behind each token of the response are drawn with, but for the argmax one
-            self._drawn_RMN = self._told.new_zeros(length, others, slots)
+            self._drawn_PMN = self._told.new_zeros(length, others, slots)
             self._taps = self._empty_taps(1 + most)  # of the last pass
         self._recorded: tuple[Callable[[], None], dict[int, Callable[[], None]]] | None = None
 
@@ -119,7 +119,7 @@ class StaticSearchDecoder(StaticRows):
         if isinstance(self.plan, DraftLength):
             found = confidence_of(self.drafter, states_BND, logits_BNV)
         else:
-            drawn_BMN = self._drawn_RMN.index_select(0, self._emitted_B - 1)
+            drawn_BMN = self._drawn_PMN.index_select(0, self._emitted_B - 1)
             found = candidates(self.plan, logits_BNV, drawn_BMN)
         # ids and confidences are exact in fp64
         self._told.copy_(torch.cat((argmax(logits_BNV).double().flatten(), found.flatten())))
@@ -192,10 +192,10 @@ class StaticSearchDecoder(StaticRows):
         for prompt, source, key in zip(
             prompts, sources or none, keys or range(len(prompts)), strict=True
         ):
-            if isinstance(self.plan, Search) and self._drawn_RMN.numel():
+            if isinstance(self.plan, Search) and self._drawn_PMN.numel():
                 slots = self.block_size - 1
                 drawn = self.plan.uniforms(seed, key, 0, max_new_tokens, slots)
-                self._drawn_RMN[:max_new_tokens] = sent(drawn, self.target.device)
+                self._drawn_PMN[:max_new_tokens] = sent(drawn, self.target.device)
             found.append(self._decode(prompt, source, max_new_tokens, ends))
         return found
 
