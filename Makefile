@@ -54,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.growth --toy --layers 2
 	$(BIN)/python -m benchmarks.full_size --toy
 	$(BIN)/python -m benchmarks.decode --toy
+	$(BIN)/python -m benchmarks.decode --toy --ways recorded --rows 1 --search tree self-select --budget 8 16 --drafts 2
 	$(BIN)/python -m benchmarks.long_context --toy --length 512 --anchors 16 --layers 2
 
 # Pages in docs/_build/html; a warning is an error.

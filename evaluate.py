@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from data.overlap import overlap_lines, overlap_with_runs
 from data.prompt_sets import FollowUps, Prompt
 from data.sample_rows import sample_rows
 from data.sharing import load_target, shared_between_runs
-from drafter.draft_length import read_draft_length, write_draft_length
+from drafter.draft_length import write_draft_length
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.ablation import Ablation
 from drafter.evaluation.asked import check_output, merge_asked, read_asked
 from drafter.evaluation.calibration import find_draft_length, plot_calibration
+from drafter.evaluation.contenders import searches_of, with_draft_length, with_searches
 from drafter.evaluation.doctor import Patient, examine
 from drafter.evaluation.loading import LoadedDrafter, check_fits, load_drafter
 from drafter.evaluation.measure import FeatureStore
@@ -46,6 +47,7 @@ def run_report(options: argparse.Namespace) -> None:
     """Measures drafters side by side; prints the tables and writes what was asked for."""
     settings = settings_from(options)
     searches = searches_of(options)
+    check_audit(options, searches)
     if options.output:
         check_output(Path(options.output), options.prompts or ())
     drafters, unreadable = load_all(options.ckpt, options.block_size)
@@ -55,7 +57,10 @@ def run_report(options: argparse.Namespace) -> None:
     drafters, misfits = sort_by_fit(drafters, target)
     misfits = [*unreadable, *misfits]
     prompts, follow_up = prompts_for(target, options)
-    contenders = [*with_searches(drafters, searches), *with_draft_length(drafters, options)]
+    contenders = with_searches(drafters, searches)
+    if options.draft_length:
+        sampling = settings.trajectories.sampling
+        contenders += with_draft_length(drafters, options.draft_length, sampling)
     if options.dry_run:
         print("\n".join([*misfits, *plan(contenders, target, prompts, follow_up, settings)]))
         return
@@ -238,55 +243,12 @@ def load_all(paths: Sequence[str], block_size: int | None) -> tuple[list[LoadedD
     return name_apart(drafters), [str(error) for error in errors]
 
 
-def searches_of(options: argparse.Namespace) -> list[Search | None]:
-    """Returns the ways to search drafts that are asked for, None for the one draft."""
-    ways: dict[str, list[Search | None]] = {
-        "plain": [None],
-        "tree": [Search("tree", budget=budget) for budget in dict.fromkeys(options.budget)],
-        "self-select": [Search("self-select", drafts=m) for m in dict.fromkeys(options.drafts)],
-    }
-    searches = [search for kind in dict.fromkeys(options.search) for search in ways[kind]]
+def check_audit(options: argparse.Namespace, searches: Sequence[Search | None]) -> None:
+    """Raises UserError where --audit is asked for together with what it can't look at."""
     if options.audit and any(searches):
         raise UserError("--audit looks at one draft a round; leave --search out.")
-    return searches
-
-
-def with_searches(
-    drafters: Sequence[LoadedDrafter], searches: Sequence[Search | None]
-) -> list[LoadedDrafter]:
-    """Returns each drafter once for every way to search its drafts."""
-    return [
-        loaded
-        if search is None
-        else replace(loaded, name=f"{loaded.name}, {search.label}", search=search)
-        for loaded in drafters
-        for search in searches
-    ]
-
-
-def with_draft_length(
-    drafters: Sequence[LoadedDrafter], options: argparse.Namespace
-) -> list[LoadedDrafter]:
-    """Returns the drafters that --draft-length was found for, once more, with drafts cut so."""
-    if not options.draft_length:
-        return []
-    if options.audit:
+    if options.audit and options.draft_length:
         raise UserError("--audit looks at whole drafts; leave --draft-length out.")
-    length, record = read_draft_length(Path(options.draft_length))
-    cut = [
-        replace(loaded, name=f"{loaded.name}, {length.label}", length=length)
-        for loaded in drafters
-        if loaded.fingerprint == record["fingerprint"]
-        and loaded.drafter.config.block_size == record["block_size"]
-    ]
-    if not cut:
-        raise UserError(
-            f"{options.draft_length} was found for another drafter or block size than these; run "
-            "evaluate.py calibrate for one of them."
-        )
-    if record["sampling"] != asdict(settings_from(options).trajectories.sampling):
-        print(f"warning: {options.draft_length} was found for responses sampled in another way")
-    return cut
 
 
 def target_for(drafters: Sequence[LoadedDrafter], options: argparse.Namespace) -> Target:

@@ -1,13 +1,19 @@
 """Tokens per second of speculative decoding, of the target alone, and of transformers' generate.
 
 python -m benchmarks.decode --ckpt RUN --benchmark-dir benchmarks/ --limit 8 --dtype bfloat16
+python -m benchmarks.decode --ckpt UNIFORM FULL --benchmark-dir benchmarks/ --limit 8 --rows 1 \\
+    --search plain tree self-select --budget 15 30 60 120 --drafts 2 4 8 \\
+    --ways recorded --plot tokens_per_second.png
 python -m benchmarks.decode --toy                                  # a tiny target, on the CPU
 
-All decode the same prompts greedily, in one process, one prompt at a time; ours in rows of 8 and 32
-too. Before anything is timed, every token that a way emits is held to the target's own logits of
-the whole text (in fp32 the responses of all of ours are the same besides). Figures: tokens per
-second, accepted length tau, and the time of a pass of the target alone, of a draft and of a
-verification, each recorded and launched by itself.
+All decode the same prompts greedily, in one process, one prompt at a time; ours with one draft a
+round in rows of 8 and 32 too. Before anything is timed, every token that a way emits is held to the
+target's own logits of the whole text (in fp32 the responses of all of ours are the same besides).
+Figures: tokens per second, also as a multiple of the target's alone on fixed shapes; accepted
+length tau; drafted tokens a round (a tree is padded to its budget, several drafts to all their
+tokens, and verified so); and the time of a pass of the target alone, of a draft and of a
+verification, each recorded and launched by itself. Trees and cut drafts have work of the host's
+between these two, which is given, and wait for it.
 """
 
 from __future__ import annotations
@@ -15,140 +21,48 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.decode_ways import (
+    ALONE,
+    OTHERS,
+    SPECULATIVE,
+    Prompts,
+    Way,
+    decode_alone,
+    drafted,
+    milliseconds,
+    ways,
+)
 from benchmarks.lines import write_lines
 from data.eval_prompts import load_eval_prompts
 from data.sharing import load_target
-from drafter.decoding import CachedDrafter, CachedTarget, decode_plainly, decode_speculatively
 from drafter.errors import UserError, one_sentence_errors
-from drafter.evaluation.loading import check_fits, load_drafter
+from drafter.evaluation.contenders import (
+    add_search_options,
+    searches_of,
+    with_draft_length,
+    with_searches,
+)
+from drafter.evaluation.loading import LoadedDrafter, check_fits, load_drafter
 from drafter.evaluation.markdown import markdown_rows
-from drafter.graphs import CudaRecorder
-from drafter.model import Drafter
+from drafter.evaluation.plots import plot_searches
+from drafter.evaluation.tables import name_apart
+from drafter.files import write_atomic
+from drafter.sampling import GREEDY
 from drafter.static_decoding import StaticDecoder
 from drafter.target import Target
-from drafter.target_session import frozen
 from evaluate import where_and_when
 
-Prompts = Sequence[Sequence[int]]
-ALONE, SPECULATIVE = "target alone", "speculative"
 LOGIT_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """Most that a greedy token's logit may lie below the largest one of an uncached pass, by dtype."""
 
 
 ROUNDS_OF_ROWS = 3  # prompts for each row, at least: the last ones leave rows empty
-
-
-@dataclass
-class Way:
-    """A way to decode.
-
-    Attributes:
-        name: In the table.
-        decode: Prompts to response ids.
-        rows: Prompts side by side.
-        ours: Whether it is this package's.
-        rounds: Where it leaves its numbers of rounds, if it drafts.
-    """
-
-    name: str
-    decode: Callable[[Prompts], list[list[int]]]
-    rows: int = 1
-    ours: bool = True
-    rounds: list[int] | None = None
-
-
-def ways(
-    target: Target, drafter: Drafter, longest: int, new: int, rows: Sequence[int]
-) -> list[Way]:
-    """Returns what is measured.
-
-    Args:
-        target: The frozen target.
-        drafter: On its device and in its dtype.
-        longest: Tokens of the longest prompt.
-        new: Most tokens of a response.
-        rows: Of ours on fixed shapes.
-    """
-    ends = target.eos_token_ids
-
-    def plain_loop(prompts: Prompts) -> list[list[int]]:
-        return [
-            decode_plainly(CachedTarget(target), prompt, max_new_tokens=new, eos_token_ids=ends).ids
-            for prompt in prompts
-        ]
-
-    def loop(prompts: Prompts) -> list[list[int]]:
-        out = []
-        for prompt in prompts:
-            engine = CachedTarget(target, drafter.config.target_layer_ids)
-            own = CachedDrafter(drafter, target, engine)
-            out.append(
-                decode_speculatively(
-                    engine, own, prompt, max_new_tokens=new, eos_token_ids=ends
-                ).ids
-            )
-        return out
-
-    def transformers_way(**settings: Any) -> Callable[[Prompts], list[list[int]]]:
-        def generate(prompts: Prompts) -> list[list[int]]:
-            out = []
-            for prompt in prompts:
-                ids = torch.tensor([list(prompt)], device=target.device)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    answer = target.model.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=new,
-                        do_sample=False,
-                        repetition_penalty=1.0,  # some models' own settings have another
-                        eos_token_id=list(ends),
-                        pad_token_id=ends[0],
-                        **settings,
-                    )
-                out.append(answer[0, len(prompt) :].tolist())
-            return out
-
-        return generate
-
-    found = [
-        Way("transformers, target alone", transformers_way(), ours=False),
-        Way(
-            "transformers, prompt lookup",
-            transformers_way(prompt_lookup_num_tokens=drafter.config.num_drafted),
-            ours=False,
-        ),
-        Way("target alone, kernel by kernel", plain_loop),
-        Way("speculative, kernel by kernel", loop),
-    ]
-    if target.device.type == "cuda":  # generate compiles by itself then
-        static = transformers_way(cache_implementation="static")
-        found.insert(1, Way("transformers, target alone, static cache, compiled", static, 1, False))
-    for count in rows:
-        for name, one in ((ALONE, None), (SPECULATIVE, drafter)):
-            decoder = StaticDecoder(target, one, rows=count, length=longest + new)
-            found.append(_static_way(name, decoder, new))
-    return found
-
-
-def _static_way(name: str, decoder: StaticDecoder, new: int) -> Way:
-    rounds: list[int] = []
-
-    def decode(prompts: Prompts) -> list[list[int]]:
-        decoded = decoder.decode(prompts, max_new_tokens=new)
-        rounds[:] = [len(one.rounds) for one in decoded]
-        return [one.ids for one in decoded]
-
-    drafts = decoder.drafter is not None
-    return Way(name, decode, decoder.rows, rounds=rounds if drafts else None)
 
 
 @torch.no_grad()
@@ -192,45 +106,6 @@ def check(
     return {"same": sum(same) / len(same), "gap": gap}
 
 
-def pass_times(target: Target, drafter: Drafter, longest: int, new: int) -> dict[str, float]:
-    """Returns ms of a pass of the target alone, of a draft and of a verification.
-
-    Rows stand still meanwhile, at half of their length.
-    """
-    times = {}
-    for one, parts in (
-        (None, {"plain": "verify"}),
-        (drafter, {"draft": "draft", "verify": "verify"}),
-    ):
-        decoder = StaticDecoder(target, one, length=longest + new)
-        decoder.stand_at((longest + new) // 2)
-        for name, part in parts.items():
-            times[f"ms_{name}"] = _milliseconds(getattr(decoder, part), target.device)
-    return times
-
-
-def _milliseconds(work: Callable[[], None], device: torch.device, times: int = 50) -> float:
-    def done() -> None:
-        with frozen(device):
-            work()
-
-    run = done
-    if device.type == "cuda":
-        recorder = CudaRecorder()
-        recorder.rehearse(done)
-        run = recorder(done)
-        torch.cuda.synchronize()
-    else:
-        times = 10
-    run()
-    begun = time.perf_counter()
-    for _ in range(times):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / times * 1e3
-
-
 def measure(way: Way, prompts: Prompts, device: torch.device) -> dict[str, Any]:
     """Returns what a way takes for all prompts, prefill included; several times over for rows."""
     way.decode([max(prompts, key=len)])  # recording; transformers compiles anew for a longer one
@@ -243,87 +118,173 @@ def measure(way: Way, prompts: Prompts, device: torch.device) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     tokens = sum(map(len, responses))
     out: dict[str, Any] = {"tokens": tokens, "tokens_per_second": tokens / seconds}
-    if way.rounds:
-        out["tau"] = (tokens - len(responses)) / sum(way.rounds)
-    return out
+    rounds = sum(len(one.rounds) for one in way.decoded or ())
+    if way.decoded and rounds:
+        out["tau"] = (tokens - len(responses)) / rounds
+        out["drafted"] = drafted(way.decoded)
+        host = sum(one.seconds.get("bookkeeping", 0.0) for one in way.decoded)
+        if host:
+            out["ms_host"] = host / rounds * 1e3
+    return out | (way.passes() if way.passes else {})
+
+
+def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds `speedup` to all: over the target alone on fixed shapes, with as many rows."""
+    alone = {row["rows"]: row["tokens_per_second"] for row in rows if row["way"] == ALONE}
+    for row in rows:
+        row["speedup"] = row["tokens_per_second"] / alone[row["rows"]]
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Returns how the results stand to what a loop without loss between its passes would give."""
-    one = {row["way"]: row for row in rows if row["rows"] == 1}
-    ours, alone = one[SPECULATIVE], one[ALONE]
-    gain = ours["tokens_per_second"] / alone["tokens_per_second"]
-    passes = ours["ms_plain"] / (ours["ms_draft"] + ours["ms_verify"])
-    rival = max(
-        (row for name, row in one.items() if name.startswith("transformers")),
-        key=lambda row: float(row["tokens_per_second"]),
-    )
-    lines = [
-        f"speculative over the target alone, both on fixed shapes: {gain:.2f}; tau x t_plain / "
-        f"(t_draft + t_verify) is {ours['tau'] * passes:.2f}, so "
-        f"{gain / (ours['tau'] * passes):.2f} of it is kept; {gain / ours['tau']:.2f} of tau",
-        f"over the fastest of transformers ({rival['way']}): "
-        f"{ours['tokens_per_second'] / rival['tokens_per_second']:.2f}",
-    ]
-    for count in sorted({row["rows"] for row in rows} - {1}):
-        both = {row["way"]: row["tokens_per_second"] for row in rows if row["rows"] == count}
-        lines.append(f"rows {count}: {both[SPECULATIVE] / both[ALONE]:.2f} of the target alone")
+    single = [row for row in rows if row["rows"] == 1]
+    alone = next(row for row in single if row["way"] == ALONE)
+    others = [row for row in single if row["way"].startswith(OTHERS)]
+    names = list(dict.fromkeys(row["drafter"] for row in rows if "drafter" in row))
+    lines = []
+    for name in names:
+        lead = f"{name}: " if len(names) > 1 else ""
+        own = [row for row in rows if row.get("drafter") == name and "drafts" in row]
+        one = {row["way"]: row for row in own if row["rows"] == 1}
+        if (ours := one.get(SPECULATIVE)) is not None:
+            lines += [lead + line for line in _bars_of(ours, alone, others)]
+        if len(one) > 1:
+            best = max(one.values(), key=lambda row: float(row["tokens_per_second"]))
+            lines.append(
+                f"{lead}fastest: {best['way']}, "
+                f"{best['tokens_per_second'] / alone['tokens_per_second']:.2f} of the target alone"
+            )
+        for row in own:
+            if row["rows"] > 1:
+                rival = next(r for r in rows if (r["way"], r["rows"]) == (ALONE, row["rows"]))
+                gain = row["tokens_per_second"] / rival["tokens_per_second"]
+                lines.append(f"{lead}rows {row['rows']}: {gain:.2f} of the target alone")
     return lines
 
 
-def show(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the results as a markdown table."""
-    head = ("way", "rows", "tokens/s", "tau", "same responses")
+def _bars_of(
+    ours: dict[str, Any], alone: dict[str, Any], others: Sequence[dict[str, Any]]
+) -> list[str]:
+    gain = ours["tokens_per_second"] / alone["tokens_per_second"]
+    passes = ours["ms_plain"] / (ours["ms_draft"] + ours["ms_verify"])
     lines = [
-        (
-            row["way"],
-            str(row["rows"]),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['tau']:.3f}" if "tau" in row else "",
-            f"{row['same']:.0%}",
-        )
-        for row in rows
+        f"speculative over the target alone, both on fixed shapes: {gain:.2f}; tau x t_plain / "
+        f"(t_draft + t_verify) is {ours['tau'] * passes:.2f}, so "
+        f"{gain / (ours['tau'] * passes):.2f} of it is kept; {gain / ours['tau']:.2f} of tau"
     ]
-    return "\n".join(markdown_rows(head, lines))
+    if others:
+        rival = max(others, key=lambda row: float(row["tokens_per_second"]))
+        lines.append(
+            f"over the fastest of transformers ({rival['way']}): "
+            f"{ours['tokens_per_second'] / rival['tokens_per_second']:.2f}"
+        )
+    return lines
+
+
+COLUMNS = {
+    "drafter": "{}",
+    "way": "{}",
+    "rows": "{}",
+    "tokens_per_second": "{:.1f}",
+    "speedup": "{:.2f}",
+    "tau": "{:.3f}",
+    "drafted": "{:.1f}",
+    "ms_draft": "{:.2f}",
+    "ms_host": "{:.2f}",
+    "ms_verify": "{:.2f}",
+    "same": "{:.0%}",
+}
+"""Figures of a row, and how they are written."""
+HEADS = {
+    "tokens_per_second": "tokens/s",
+    "speedup": "of the target alone",
+    "drafted": "drafted a round",
+    "ms_draft": "draft, ms",
+    "ms_host": "host, ms",
+    "ms_verify": "verify, ms",
+    "same": "same responses",
+}
+
+
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the results as a markdown table; columns that would be empty are left out."""
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    if len({row["drafter"] for row in rows if "drafter" in row}) < 2:
+        keys = [key for key in keys if key != "drafter"]
+    lines = [
+        tuple(COLUMNS[key].format(row[key]) if key in row else "" for key in keys) for row in rows
+    ]
+    return "\n".join(markdown_rows(tuple(HEADS.get(key, key) for key in keys), lines))
+
+
+def picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Returns a PNG: accepted length and tokens per second against drafted tokens a round."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    single = [row for row in rows if row["rows"] == 1]
+    for row in sorted(single, key=lambda row: float(row.get("drafted", 0))):
+        if "tau" in row:
+            figures = {
+                "accepted_length": {"value": row["tau"]},
+                "tokens_per_second": {"value": row["tokens_per_second"]},
+                "drafted_per_round": {"value": row["drafted"]},
+            }
+            found.setdefault(row["drafter"], {}).setdefault(row["drafts"], []).append(figures)
+    alone = next(row["tokens_per_second"] for row in single if row["way"] == ALONE)
+    return plot_searches(found, found, alone)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Checks and measures every way; returns the rows, which are in the output too."""
-    target, drafter, prompts = _toy(options) if options.toy else _real(options)
+    searches = searches_of(options)
+    target, drafters, prompts = _toy(options) if options.toy else _real(options)
+    contenders = with_searches(drafters, searches)
+    for file in options.draft_length or ():
+        contenders += with_draft_length(drafters, file, GREEDY)
     longest = max(map(len, prompts))
     new = options.max_new_tokens
     output = Path(options.output) if options.output else None
     record = where_and_when(target.device) | {"dtype": str(target.dtype).removeprefix("torch.")}
-    record |= pass_times(target, drafter, longest, new)
+    alone = StaticDecoder(target, None, length=longest + new)
+    alone.stand_at(alone.length // 2)
+    record["ms_plain"] = milliseconds(alone.verify, target.device)
     rows: list[dict[str, Any]] = []
     few = prompts[: options.checked]
-    all_ways = ways(target, drafter, longest, new, options.rows)
-    expected = next(w for w in all_ways if w.name == "target alone, kernel by kernel").decode(few)
-    for way in all_ways:
-        row: dict[str, Any] = {"way": way.name, "rows": way.rows}
+    expected = decode_alone(target, new, few)
+    recorded_only = options.ways == "recorded"
+    for way in ways(target, contenders, longest, new, options.rows, recorded_only):
+        row: dict[str, Any] = {"way": way.name, "rows": way.rows} | record
+        row |= {"drafter": way.drafter} if way.drafter else {}
+        row |= {"drafts": way.drafts} if way.drafts else {}
         row |= check(target, way, few, expected)
-        row |= measure(way, prompts, target.device) | record
+        row |= measure(way, prompts, target.device)
         rows.append(row)
         print(json.dumps(row), flush=True)
         write_lines(output, rows)
+    add_speedups(rows)
+    write_lines(output, rows)
+    if options.plot:
+        write_atomic(Path(options.plot), picture(rows))
     return rows
 
 
-def _real(options: argparse.Namespace) -> tuple[Target, Drafter, list[list[int]]]:
-    loaded = load_drafter(options.ckpt)
-    path = options.target or loaded.target_path
+def _real(options: argparse.Namespace) -> tuple[Target, list[LoadedDrafter], list[list[int]]]:
+    drafters = name_apart([load_drafter(path) for path in options.ckpt])
+    naming = next((loaded for loaded in drafters if loaded.target_path), drafters[0])
+    path = options.target or naming.target_path
     if path is None:
-        raise UserError(f"{options.ckpt} does not say what its target is; pass --target.")
+        raise UserError(f"{naming.name} does not say what its target is; pass --target.")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(
         path,
-        gguf_file=None if options.target else loaded.target_gguf_file,
-        dtype=options.dtype or loaded.target_dtype,
+        gguf_file=None if options.target else naming.target_gguf_file,
+        dtype=options.dtype or naming.target_dtype,
         device=device,
         revision=None,
         trust_remote_code=False,
     )
-    check_fits(loaded, target)
+    for loaded in drafters:
+        check_fits(loaded, target)
+        loaded.drafter.to(target.device, target.dtype).eval().requires_grad_(False)
     prompts, _ = load_eval_prompts(
         target,
         options.max_new_tokens,
@@ -331,11 +292,10 @@ def _real(options: argparse.Namespace) -> tuple[Target, Drafter, list[list[int]]
         files=options.prompts or (),
         limit=options.limit,
     )
-    drafter = loaded.drafter.to(target.device, target.dtype).eval().requires_grad_(False)
-    return target, drafter, [list(prompt.ids) for prompt in prompts]
+    return target, drafters, [list(prompt.ids) for prompt in prompts]
 
 
-def _toy(options: argparse.Namespace) -> tuple[Target, Drafter, list[list[int]]]:
+def _toy(options: argparse.Namespace) -> tuple[Target, list[LoadedDrafter], list[list[int]]]:
     """Returns a tiny target and a drafter that has learnt some of its responses."""
     from drafter.evaluation.trajectories import EvalPrompt
     from drafter.target_loading import Loaded
@@ -346,7 +306,8 @@ def _toy(options: argparse.Namespace) -> tuple[Target, Drafter, list[list[int]]]
     target = Target(Loaded(tiny_model(config), tiny_tokenizer()), "tiny", None)
     prompts = [[5 + i, 9, 3 + 2 * i, 40 - i] for i in range(options.limit)]
     answered = [EvalPrompt("toy", i, ids) for i, ids in enumerate(prompts)]
-    return target, overfitted_drafter(target, answered, new_tokens=options.max_new_tokens), prompts
+    drafter = overfitted_drafter(target, answered, new_tokens=options.max_new_tokens)
+    return target, [LoadedDrafter("toy", drafter, fingerprint="toy")], prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -354,17 +315,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ckpt", help="drafter: a run, a checkpoint or a drafter's folder")
+    parser.add_argument(
+        "--ckpt", nargs="+", help="drafters: runs, checkpoints or drafters' folders, side by side"
+    )
     parser.add_argument("--target", help="default: the one recorded with the drafter")
     parser.add_argument("--benchmark-dir", metavar="DIR", help="folder of <name>.jsonl")
     parser.add_argument("--prompts", nargs="+", help="prompt files")
     parser.add_argument("--limit", type=int, default=4, help="prompts of each set")
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    add_search_options(parser)
+    parser.add_argument(
+        "--draft-length",
+        nargs="+",
+        metavar="FILE.json",
+        help="what `evaluate.py calibrate` wrote for one of the drafters: its drafts cut so, too",
+    )
+    parser.add_argument(
+        "--ways",
+        choices=("all", "recorded"),
+        default="all",
+        help="recorded: leave out transformers and what runs kernel by kernel, which take longest",
+    )
     parser.add_argument("--checked", type=int, default=4, help="prompts held to the target's own")
     parser.add_argument("--dtype", help="of target and drafter; default: the run's target's")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--output", help="JSON lines")
+    parser.add_argument("--plot", metavar="FILE.png", help="against drafted tokens a round")
     parser.add_argument("--toy", action="store_true", help="a tiny random target, on the CPU")
     options = parser.parse_args(arguments)
     options.max_new_tokens = options.max_new_tokens or (24 if options.toy else 256)

@@ -202,15 +202,46 @@ def grow(search: Search, logits_TNV: Tensor, uniforms_TMN: Tensor) -> list[Token
         logits_TNV: (T, N, V) of the drafter.
         uniforms_TMN: (T, M - 1, N) of `Search.uniforms`.
     """
+    return build(search, candidates(search, logits_TNV, uniforms_TMN))
+
+
+def candidates(search: Search, logits_TNV: Tensor, uniforms_TMN: Tensor) -> Tensor:
+    """Returns what trees are built from: the part of `grow` that runs on the device.
+
+    Arguments are those of `grow`.
+
+    Returns:
+        fp64, which holds ids exactly: (T, N, 2, R), log-probabilities and ids of each slot's most
+        probable tokens; or (T, M, N), ids of the drafts.
+    """
     if search.kind == "tree":
         logits_TNV = logits_TNV if logits_TNV.dtype == torch.float64 else logits_TNV.float()
-        top_TNR, ids_TNR = _top(logits_TNV, min(search.budget, logits_TNV.shape[-1]))
+        top_TNR, ids_TNR = _top(logits_TNV, candidates_shape(search, *logits_TNV.shape[1:])[-1])
         log_probs_TNR = top_TNR.double() - logits_TNV.logsumexp(-1, keepdim=True)
-        pairs = zip(log_probs_TNR.tolist(), ids_TNR.tolist(), strict=True)
-        return [best_first(log_probs, ids, search.budget) for log_probs, ids in pairs]
+        return torch.stack((log_probs_TNR, ids_TNR.double()), 2)
     others_TNM = draw_several(warp(logits_TNV, Sampling(1.0)), uniforms_TMN.transpose(1, 2))
     drafts_TMN = torch.cat((argmax(logits_TNV)[:, None], others_TNM.transpose(1, 2)), 1)
-    return [merged(drafts) for drafts in drafts_TMN.tolist()]
+    return drafts_TMN.double()
+
+
+def candidates_shape(search: Search, slots: int, vocab_size: int) -> tuple[int, ...]:
+    """Returns what `candidates` gives of each anchor: (N, 2, R) or (M, N)."""
+    if search.kind == "tree":
+        return slots, 2, min(search.budget, vocab_size)
+    return search.drafts, slots
+
+
+def build(search: Search, found: Tensor) -> list[TokenTree]:
+    """Returns the tree of each anchor: the part of `grow` that runs on the host.
+
+    Args:
+        search: How.
+        found: Of `candidates`.
+    """
+    if search.kind == "tree":
+        pairs = zip(found[:, :, 0].tolist(), found[:, :, 1].long().tolist(), strict=True)
+        return [best_first(log_probs, ids, search.budget) for log_probs, ids in pairs]
+    return [merged(drafts) for drafts in found.long().tolist()]
 
 
 def _top(logits_TNV: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -17,24 +17,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from drafter.arriving import Arriving
-from drafter.attention import build_visibilities
-from drafter.blocks import block_input_ids
 from drafter.decoding import Decoded
-from drafter.errors import UserError
-from drafter.graphs import CudaRecorder, Recorder
-from drafter.model import DraftContext, Drafter
-from drafter.sampling import GREEDY, GeneratorSource, Sampling, argmax, draw, warp
-from drafter.static_target import StaticTarget, asks_the_host, write
+from drafter.graphs import Recorder
+from drafter.model import Drafter
+from drafter.sampling import GREEDY, GeneratorSource, Sampling, argmax
+from drafter.static_rows import StaticRows
 from drafter.target import Target
 from drafter.target_session import frozen
 from drafter.verification import Verdict, clip_round
 
 LAG = 1
 """Rounds launched before the oldest is read."""
-ALIGNED = 16  # places of a row: attention's kernels copy masks of other widths
 
 
 @dataclass
@@ -58,7 +53,7 @@ class _Launched:
     is_round: bool
 
 
-class StaticDecoder:
+class StaticDecoder(StaticRows):
     """Decodes prompts in rows, speculatively or (without a drafter) a token a pass.
 
     Greedy, or with a temperature by sample-and-match: the target's token at each place is drawn,
@@ -86,41 +81,24 @@ class StaticDecoder:
         sampling: Sampling = GREEDY,
         recorder: Recorder | None = None,
     ) -> None:
-        self.target = target
-        self.drafter = drafter
-        self.sampling = sampling
-        self.block_size = 1 if drafter is None else drafter.config.block_size
-        self.length = length
-        if drafter is not None and asks_the_host(drafter.config):
-            raise UserError(
-                f"The drafter's rope is of type {asks_the_host(drafter.config)}, which asks the "
-                "host for a length; decode it kernel by kernel."
-            )
-        margin = (LAG + 2) * self.block_size  # rows run on behind their end
-        places_of_a_row = -(-(length + margin) // ALIGNED) * ALIGNED
-        layer_ids = () if drafter is None else drafter.config.target_layer_ids
-        device = target.device
-        with frozen(device):
-            self._static = StaticTarget(target, layer_ids, rows=rows, length=places_of_a_row)
-            places = torch.zeros(rows, dtype=torch.long, device=device)
-            self._anchor_B, self._length_B, self._emitted_B = (places.clone() for _ in range(3))
-            self._going_B = places.bool()
-            self._uniforms_BR = places.new_zeros(rows, self._static.length, dtype=torch.double)
-            self._draft_BN = places.new_zeros(rows, self.block_size - 1)
-            self._out_BO = places.new_zeros(rows, 2 * self.block_size)
-            self._documents_BS = places.new_zeros(rows, self._static.length)
+        block_size = 1 if drafter is None else drafter.config.block_size
+        super().__init__(
+            target,
+            drafter,
+            rows=rows,
+            length=length,
+            behind=(LAG + 2) * block_size,  # rows run on behind their end
+            sampling=sampling,
+            recorder=recorder,
+        )
+        with frozen(target.device):
+            self._going_B = torch.zeros_like(self._length_B, dtype=torch.bool)
+            self._draft_BN = self._length_B.new_zeros(rows, block_size - 1)
+            self._out_BO = self._length_B.new_zeros(rows, 2 * block_size)
             # of the last round, and from which place on; not yet in the drafter's context
-            width = len(layer_ids) * target.hidden_size
-            self._taps = target.embedding_weight.new_zeros(rows, self.block_size, width)
-            self._taps_start_B = places.clone()
-            self._context = self._empty_context()
-        self._recorder = recorder or (CudaRecorder() if device.type == "cuda" else None)
+            self._taps = self._empty_taps(block_size)
+            self._taps_start_B = torch.zeros_like(self._length_B)
         self._round: Callable[[], None] | None = None
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return self._static.rows
 
     # ------------------------------------------------------------------ on the device
 
@@ -129,19 +107,7 @@ class StaticDecoder:
         assert self.drafter is not None
         offsets_K = torch.arange(self.block_size, device=self.target.device)
         self._take_in(self._taps, self._taps_start_B[:, None] + offsets_K)
-        config = self.drafter.config
-        anchors_B1 = self._length_B[:, None]
-        visibility = build_visibilities(
-            config.layer_attention, anchors_B1, self._documents_BS, self.block_size, "sdpa"
-        )
-        block_ids = block_input_ids(self._anchor_B[:, None], self.block_size, config.mask_token_id)
-        hidden_BAKD = self.drafter.denoise(
-            self.target.embed(block_ids),
-            (anchors_B1 + offsets_K)[:, None],
-            self._context,
-            visibility,
-        )
-        logits_BNV = self.drafter.head(self.target.head).logits(hidden_BAKD[:, 0, 1:])
+        logits_BNV = self.drafter.head(self.target.head).logits(self._denoise())
         self._draft_BN.copy_(argmax(logits_BNV))
 
     def verify(self) -> None:
@@ -172,58 +138,18 @@ class StaticDecoder:
         self._taps_start_B.fill_(length)
 
     def _do_round(self) -> None:
-        with frozen(self.target.device):
-            if self.drafter is not None:
-                self.draft()
-            self.verify()
-
-    def _choose(self, logits: Tensor, places: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Returns the target's tokens (B, n) at places (B, n) of the responses."""
-        if self.sampling.greedy:
-            return argmax(logits)
-        last = self._uniforms_BR.shape[1] - 1
-        uniforms = self._uniforms_BR[rows].gather(1, places.clamp(max=last))
-        return draw(warp(logits, self.sampling), uniforms)
-
-    def _empty_context(self) -> DraftContext:
-        if self.drafter is None:
-            return DraftContext()
-        config, weights = self.drafter.config, self.drafter.fc.weight
-        heads = config.num_key_value_heads or config.num_attention_heads
-        shape = (self.rows, heads, self._static.length, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        return DraftContext(*([weights.new_zeros(shape) for _ in layers] for _ in range(2)))
-
-    def _take_in(self, taps: Tensor, positions_Bn: Tensor, rows: slice = slice(None)) -> None:
-        """Writes features to the drafter's context; what lies behind an anchor is not seen yet."""
-        if self.drafter is None:
-            return
-        new = self.drafter.encode_context(taps, positions_Bn)
-        for buffers, states in ((self._context.keys, new.keys), (self._context.values, new.values)):
-            for buffer, state in zip(buffers, states, strict=True):
-                write(buffer[rows], state, positions_Bn)
+        if self.drafter is not None:
+            self.draft()
+        self.verify()
 
     def _begin(self, row: int, job: _Job, max_new_tokens: int) -> _Launched:
         """Runs a prompt, and puts its row where the first round begins."""
         job.begun = time.perf_counter()
-        device, count = self.target.device, len(job.prompt_ids)
-        rows = slice(row, row + 1)
-        with frozen(device):
-            ids_1P = _sent(torch.tensor([list(job.prompt_ids)]), device)
-            positions_1P = torch.arange(count, device=device)[None]
-            last_1PD, taps = self._static.run(ids_1P, positions_1P, rows)
-            self._take_in(taps, positions_1P, rows)
-            if job.source is not None:
-                uniforms = torch.stack([job.source.uniform() for _ in range(max_new_tokens)])
-                self._uniforms_BR[row, :max_new_tokens] = _sent(uniforms, device)
-            logits_11V = self.target.head.logits(last_1PD[:, -1:])
-            first_11 = self._choose(logits_11V, torch.zeros_like(positions_1P[:, :1]), rows)
-            self._anchor_B[row] = first_11[0, 0]
-            self._length_B[row] = count
-            self._emitted_B[row] = 1
+        first_11 = self._prefill(row, job.prompt_ids, job.source, max_new_tokens)
+        with frozen(self.target.device):
             self._going_B[row] = True
             # nothing to take in yet: this is written where no anchor sees it, and then over it
-            self._taps_start_B[row] = count
+            self._taps_start_B[row] = len(job.prompt_ids)
         return _Launched([job], Arriving(first_11), is_round=False)
 
     # ------------------------------------------------------------------ on the host
@@ -249,16 +175,7 @@ class StaticDecoder:
             UserError: A prompt is empty, or does not fit with its response into S, or into the
                 target's context.
         """
-        for place, prompt in enumerate(prompts):
-            self.target.check_length(len(prompt), max_new_tokens, f"Prompt {place}")
-        if sources is None and not self.sampling.greedy:
-            raise UserError("sampled decoding needs a source of random numbers for each prompt")
-        longest = max(map(len, prompts), default=0)
-        if longest + max_new_tokens > self.length:
-            raise UserError(
-                f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the decoder's "
-                f"length of {self.length}; make it with a larger one."
-            )
+        self._check(prompts, max_new_tokens, sources)
         self.stand_at(0)  # an interrupted call may have left rows going
         ends = self.target.eos_token_ids if eos_token_ids is None else eos_token_ids
         none: list[GeneratorSource | None] = [None] * len(prompts)
@@ -282,23 +199,12 @@ class StaticDecoder:
 
     def _launch(self, jobs: list[_Job | None]) -> _Launched:
         if self._round is None:
-            self._round = self._recorded()
+            state = [self._anchor_B, self._length_B, self._emitted_B]
+            self._round = self._record(self._do_round, [*state, self._taps_start_B, self._taps])
         self._round()
         # on a CPU nothing is on its way: the next round would write over it
         out = self._out_BO if self._out_BO.is_cuda else self._out_BO.clone()
         return _Launched(jobs, Arriving(out), is_round=True)
-
-    def _recorded(self) -> Callable[[], None]:
-        """Returns a round that starts from where the rows stand now, whatever recording did."""
-        if self._recorder is None:
-            return self._do_round
-        state = [self._anchor_B, self._length_B, self._emitted_B, self._taps_start_B, self._taps]
-        kept = [tensor.clone() for tensor in state]
-        self._recorder.rehearse(self._do_round)
-        torch._foreach_copy_(state, kept)
-        recorded = self._recorder(self._do_round)
-        torch._foreach_copy_(state, kept)
-        return recorded
 
     def _read(self, launched: _Launched, max_new_tokens: int, ends: Collection[int]) -> None:
         rows = launched.out.read().tolist()
@@ -325,10 +231,3 @@ class StaticDecoder:
             job.done = out.finished or len(out.ids) >= max_new_tokens
             if job.done:
                 out.seconds = {"decode": time.perf_counter() - job.begun}
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a host tensor on the device, without waiting for what runs there."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

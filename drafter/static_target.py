@@ -115,6 +115,7 @@ class StaticTarget:
         self._places = _Places()
         layers = [_StaticLayer(self._places, rows, length) for _ in range(target.num_layers)]
         self._cache = Cache(layers=layers)
+        self._joined: list[Tensor] = []
         self._check()
 
     def run(
@@ -130,15 +131,78 @@ class StaticTarget:
         Returns:
             (B, n, D) states after the final norm, (B, n, L*D) tapped states.
         """
-        self._places.rows, self._places.index_Bn = rows, positions_Bn
         key_S = torch.arange(self.length, device=positions_Bn.device)
-        distance_B1nS = positions_Bn[:, None, :, None] - key_S
+        distance_BnS = positions_Bn[..., None] - key_S
+        seen_BnS = distance_BnS >= 0
+        return self._pass(ids_Bn, positions_Bn, positions_Bn, seen_BnS, distance_BnS, rows)
+
+    def run_tree(
+        self, ids_Bn: Tensor, start_B: Tensor, depths_Bn: Tensor, seen_Bnn: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Runs a tree of tokens behind every row: each sees what lies there, and some of the tree.
+
+        Args:
+            ids_Bn: (B, n) int64; they are written to places start .. start + n - 1.
+            start_B: (B,) int64, tokens that lie before it; all of them are seen.
+            depths_Bn: (B, n) int64, tokens from the first one's position, 0 for that.
+            seen_Bnn: (B, n, n) bool, which of them each one sees; at least itself.
+
+        Returns:
+            As `run`. What is kept of the tree must be moved to its positions (`move`) before the
+            next pass: places in the cache are not positions.
+        """
+        rows, count = ids_Bn.shape
+        start_B1 = start_B[:, None]
+        key_S = torch.arange(self.length, device=ids_Bn.device)
+        places_Bn, positions_Bn = start_B1 + key_S[:count], start_B1 + depths_Bn
+        held_BnS = (key_S < start_B1)[:, None].expand(-1, count, -1)
+        seen_BnS = held_BnS.scatter(2, places_Bn[:, None].expand(-1, count, -1), seen_Bnn)
+        position_BS = key_S.expand(rows, -1).scatter(1, places_Bn, positions_Bn)
+        distance_BnS = positions_Bn[..., None] - position_BS[:, None]
+        return self._pass(ids_Bn, positions_Bn, places_Bn, seen_BnS, distance_BnS, slice(None))
+
+    def join(self) -> None:
+        """Lays the layers' buffers side by side, as `move` needs them: then it is two kernels."""
+        found: dict[tuple[int, ...], list[tuple[CacheLayerMixin, str]]] = {}
+        for layer in self._cache.layers:
+            for name in ("keys", "values"):
+                found.setdefault(tuple(getattr(layer, name).shape), []).append((layer, name))
+        for buffers in found.values():
+            joined = torch.stack([getattr(layer, name) for layer, name in buffers])
+            for view, (layer, name) in zip(joined, buffers, strict=True):
+                setattr(layer, name, view)
+            self._joined.append(joined)
+
+    def move(self, sources_Bn: Tensor, places_Bn: Tensor) -> None:
+        """Copies keys and values within their rows; all are read before the first is written.
+
+        Args:
+            sources_Bn: (B, n) int64 places.
+            places_Bn: (B, n) int64, where they go.
+        """
+        for joined in self._joined:
+            flat = joined.flatten(0, 1)  # layers' keys and values beside rows: a view
+            sources, places = (index.repeat(len(joined), 1) for index in (sources_Bn, places_Bn))
+            shape = (*sources.shape, flat.shape[3])
+            states = flat.gather(2, sources[:, None, :, None].expand(-1, flat.shape[1], *shape[1:]))
+            write(flat, states, places)
+
+    def _pass(
+        self,
+        ids_Bn: Tensor,
+        positions_Bn: Tensor,
+        places_Bn: Tensor,
+        seen_BnS: Tensor,
+        distance_BnS: Tensor,
+        rows: slice,
+    ) -> tuple[Tensor, Tensor]:
+        self._places.rows, self._places.index_Bn = rows, places_Bn
         return self.target.run(
             self.layer_ids,
             self._cache,
             input_ids=ids_Bn,
             position_ids=positions_Bn,
-            attention_mask=self._masks.of(distance_B1nS >= 0, distance_B1nS),
+            attention_mask=self._masks.of(seen_BnS[:, None], distance_BnS[:, None]),
         )
 
     def _check(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from drafter.errors import UserError
+from drafter.evaluation.contenders import add_search_options
 from drafter.evaluation.report import ReportSettings
 from drafter.evaluation.trajectories import TrajectorySettings
 from drafter.files import cache_root, file_stamp
@@ -38,28 +39,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     _add_prompt_options(verb)
     _add_measuring_options(verb)
     verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
-    verb.add_argument(
-        "--search",
-        nargs="+",
-        default=["plain"],
-        choices=("plain", "tree", "self-select"),
-        help="drafts of a round: the argmax one; a tree of the most probable beginnings; or "
-        "several, drawn and merged. Ways given together are measured side by side; all are exact",
-    )
-    verb.add_argument(
-        "--budget",
-        type=int,
-        nargs="+",
-        default=[60],
-        help="tokens of a tree; several, side by side",
-    )
-    verb.add_argument(
-        "--drafts",
-        type=int,
-        nargs="+",
-        default=[4],
-        help="of self-select, with the argmax one; or several numbers",
-    )
+    add_search_options(verb)
     verb.add_argument(
         "--draft-length",
         metavar="FILE.json",

@@ -18,8 +18,21 @@ TOO_WIDE = 0.4
 """Of an interval: from where so little is known on, fields stay blank."""
 BLANK = f"White: not drafted, or from where the 95 % interval is wider than {TOO_WIDE}."
 """What to say beside a picture with a line for each of many rows."""
-SEARCH_STYLES = {"one draft": ("*", ""), "tree": ("o", "-"), "self-select": ("s", "--")}
+SEARCH_STYLES = {
+    "one draft": ("*", ""),
+    "tree": ("o", "-"),
+    "self-select": ("s", "--"),
+    "cut draft": ("D", ""),
+}
 """Marker and line of each way to draft."""
+
+AT_THE_RIGHT: Mapping[str, Any] = {
+    "xycoords": ("axes fraction", "data"),
+    "textcoords": "offset points",
+    "ha": "right",
+    "fontsize": 8,
+}
+"""Of a word above a line across a panel."""
 
 Searches = Mapping[str, Mapping[str, Sequence[Any]]]
 """Averages by drafter and way to draft."""
@@ -44,7 +57,7 @@ def plot_result(result: Mapping[str, Any]) -> dict[str, bytes]:
     searches = by_search(result, mode)
     return {
         **({"block_sizes": _sizes(sizes)} if sizes else {}),
-        **({"searches": _searches(searches, by_search(result, "decode"))} if searches else {}),
+        **({"searches": plot_searches(searches, by_search(result, "decode"))} if searches else {}),
         "accepted_length": _bars(drafters, sets, "accepted_length", "accepted length", floor=1.0),
         "acceptance_by_position": _positions(drafters, sets),
         "waste": _bars(drafters, sets, "waste_ratio", "waste ratio"),
@@ -287,12 +300,14 @@ def _sizes(sizes: Mapping[str, Mapping[int, Any]]) -> bytes:
     return to_png(plt, fig)
 
 
-def _searches(measured: Searches, timed: Searches) -> bytes:
-    """Accepted length, and tokens per second where the loop ran, against drafted tokens a round.
+def plot_searches(measured: Searches, timed: Searches, alone: float | None = None) -> bytes:
+    """Returns a PNG: accepted length, and tokens per second where they were timed, against drafted
+    tokens a round.
 
     Args:
         measured: Averages (results.by_search) in the result's main mode.
         timed: Of the loop; empty if it did not run.
+        alone: Tokens per second of the target alone, if they are known.
     """
     plt = pyplot()
     panels = [("accepted length", "accepted_length", measured)]
@@ -311,6 +326,9 @@ def _searches(measured: Searches, timed: Searches) -> bytes:
                 y = [own[figure]["value"] for own in shown]
                 marker, line = SEARCH_STYLES[way]
                 ax.plot(x, y, marker=marker, linestyle=line, color=colour)
+        if alone is not None and figure == "tokens_per_second":
+            ax.axhline(alone, color="black", linewidth=1, linestyle=":")
+            ax.annotate("target alone", (1, alone), (0, 3), **AT_THE_RIGHT)
         ax.set_xlabel("drafted tokens a round")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
