@@ -7,7 +7,7 @@ Peers are imported from `--peers`, a folder made by
 
 pip install --no-deps --target .peers specforge==0.2.0 speculators==0.9.0 openai loguru \\
     pydantic-settings hs-connectors==0.9.0 python-dotenv jiter distro sniffio anyio httpx \\
-    httpcore h11 idna certifi typing-inspection
+    httpcore h11 idna certifi typing-inspection httpx2 httpcore2 truststore
 
 Before anything is timed, our loss and gradients are held to an eager twin that forms all logits,
 and `specforge`'s to ours from the same weights and anchors. A line of the output is one drafter on

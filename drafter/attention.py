@@ -34,6 +34,9 @@ FLEX_MIN_SCORES = 1 << 20
 FLEX_MIN_HEAD_DIM = 16
 TILE = 128
 """Queries, and keys, that flex_attention's mask is kept for together."""
+TUNED_HEAD_DIM = 128
+KERNELS: dict[str, int] = {}
+"""flex_attention's tiles for heads of that size in 16 bits; for others it knows good ones."""
 
 
 class LayerAttention(NamedTuple):
@@ -194,7 +197,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | N
     if visibility is not None and visibility.flex is not None:
         compiling = torch.compiler.is_compiling()  # then it becomes a part of what is compiled
         flex = _flex_module().flex_attention if compiling else _compiled_flex()
-        out: Tensor = flex(query, key, value, block_mask=visibility.flex, enable_gqa=True)
+        tuned = query.shape[-1] == TUNED_HEAD_DIM and query.element_size() == 2
+        options = dict(KERNELS) if tuned else None
+        out: Tensor = flex(
+            query,
+            key,
+            value,
+            block_mask=visibility.flex,
+            enable_gqa=True,
+            kernel_options=options,
+        )
         return out
     groups = query.shape[1] // key.shape[1]
     # SDPA's fused kernels refuse a mask together with enable_gqa

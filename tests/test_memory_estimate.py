@@ -199,7 +199,7 @@ def cuda_kernels(monkeypatch):
     def sdpa(query, key, value, attn_mask):
         return CudaAttention.apply(query, key, value, attn_mask)
 
-    def flex(query, key, value, block_mask, enable_gqa):
+    def flex(query, key, value, block_mask, enable_gqa, kernel_options):
         return CudaAttention.apply(query, key, value, None)
 
     monkeypatch.setattr(F, "rms_norm", rms_norm)
