@@ -90,8 +90,10 @@ def check_ours(case: Case) -> dict[str, float]:
     ours = _ours(case, full_stack(), "ours")
     for _ in range(3):  # recorded graphs begin with the second step of a shape
         ours.module.zero_grad()
+        loss = None  # the last step's graph can't be alive while the next is recorded
         loss = ours.forward()
         ours.backward(loss)
+    assert loss is not None
     gradients = [p.grad.clone() for p in ours.trained if p.grad is not None]
     ours.module.zero_grad()
     twin = full_stack()(_naive_scores(ours), 0.5).total

@@ -138,6 +138,7 @@ def test_tiles_of_sorted_anchors_in_one_document_are_those_that_hold_something()
     for name in ("kv", "full_kv", "q", "full_q"):
         counts = [getattr(one, f"{name}_num_blocks") for one in (mask, truth)]
         assert torch.equal(*counts)
+        assert getattr(mask, f"{name}_indices").is_contiguous()  # kernels take it to be
         shape = (1, counts[0].shape[-1], getattr(mask, f"{name}_indices").shape[-1])
         tiles = [
             tiles_of(count, getattr(one, f"{name}_indices"), shape)

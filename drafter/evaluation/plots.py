@@ -333,7 +333,9 @@ def plot_searches(measured: Searches, timed: Searches, alone: float | None = Non
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(handles=_search_legend(names, present), frameon=False)
+    lines = _search_legend(names, present)
+    place = "outside upper center"
+    fig.legend(handles=lines, loc=place, ncols=len(lines) if timed else 3, frameon=False)
     return to_png(plt, fig)
 
 
