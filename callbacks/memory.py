@@ -109,6 +109,7 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
     copies = 1
     if isinstance(strategy, DDPStrategy):
         copies += not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
+    mixed = "mixed" in str(trainer.precision)
     estimate = estimate_step(
         drafter.config,
         StepSizes(
@@ -117,8 +118,9 @@ def estimate_run(trainer: Trainer, module: Any) -> MemoryEstimate:
             anchors=anchors.shape[1],
             vocab_size=head.vocab_size,
             chunk_rows=head.chunk_rows(whole=whole),
-            compute_bytes=2 if "mixed" in str(trainer.precision) else 4,
+            compute_bytes=2 if mixed else 4,
             feature_bytes=head.weight.element_size(),
+            casts_features=head.weight.dtype != (torch.bfloat16 if mixed else torch.float32),
             attention=attention,
             device="cuda" if device.type == "cuda" else "cpu",
             logit_buffers=logit_buffers(head, whole=whole),

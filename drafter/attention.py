@@ -34,7 +34,7 @@ FLEX_MIN_SCORES = 1 << 20
 FLEX_MIN_HEAD_DIM = 16
 TILE = 128
 """Queries, and keys, that flex_attention's mask is kept for together."""
-TUNED_HEAD_DIM = 128
+HOPPER, TUNED_HEAD_DIM = (9, 0), 128
 KERNELS = {
     "fwd_BLOCK_M": 64,
     "fwd_BLOCK_N": 64,
@@ -47,9 +47,8 @@ KERNELS = {
     "bwd_num_warps": 4,
     "bwd_num_stages": 2,
 }
-"""flex_attention's tiles for such heads in 16 bits, the fastest of 45 ways on an H200: a tenth
-faster than its own, as smaller ones share out better what the first keys of a context have to do.
-Other heads are left to flex_attention."""
+"""flex_attention's tiles on such cards for such heads in 16 bits (docs/performance.md): smaller
+than its own, so that the many queries of a context's first keys are shared out better."""
 
 
 class LayerAttention(NamedTuple):
@@ -112,12 +111,14 @@ def is_visible(
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """A mask in the form that the chosen attention takes; exactly one field is set."""
+    """A mask in the form that the chosen attention takes: `dense` or `flex` is set."""
 
     dense: Tensor | None = None
     """(B, 1, Q, S + Q) bool, True where visible."""
     flex: Any = None
     """A `torch.nn.attention.flex_attention.BlockMask`."""
+    kernels: dict[str, int] | None = None
+    """Options of flex_attention's for 16-bit queries; None for its own."""
 
 
 def build_visibility(
@@ -140,7 +141,8 @@ def build_visibility(
     """
     length = document_ids_BS.shape[1]
     if choose_attention(attention, anchors_BA, length, block_size, head_dim) == "flex":
-        return Visibility(flex=_flex_mask(anchors_BA, document_ids_BS, block_size, layer))
+        mask = _flex_mask(anchors_BA, document_ids_BS, block_size, layer)
+        return Visibility(flex=mask, kernels=_kernels(head_dim, anchors_BA.device))
     return Visibility(dense=_dense_mask(anchors_BA, document_ids_BS, block_size, layer))
 
 
@@ -195,7 +197,7 @@ def choose_attention(
     queries = anchors_BA.shape[1] * block_size
     large = queries * (context_length + queries) >= FLEX_MIN_SCORES
     fits = anchors_BA.is_cuda and head_dim >= FLEX_MIN_HEAD_DIM
-    return "flex" if fits and large and _flex_works("cuda") else "sdpa"
+    return "flex" if fits and large and _flex_works("cuda", head_dim) else "sdpa"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | None) -> Tensor:
@@ -210,8 +212,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | N
     if visibility is not None and visibility.flex is not None:
         compiling = torch.compiler.is_compiling()  # then it becomes a part of what is compiled
         flex = _flex_module().flex_attention if compiling else _compiled_flex()
-        tuned = query.shape[-1] == TUNED_HEAD_DIM and query.element_size() == 2
-        options = dict(KERNELS) if tuned else None
+        options = visibility.kernels if query.element_size() == 2 else None
         out: Tensor = flex(
             query,
             key,
@@ -357,6 +358,12 @@ def _as_lists(tiles_BUV: Tensor) -> tuple[Tensor, Tensor]:
     return tiles_BUV.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
+@functools.cache
+def _kernels(head_dim: int, device: torch.device) -> dict[str, int] | None:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+    return KERNELS if hopper and head_dim == TUNED_HEAD_DIM else None
+
+
 def _flex_module() -> Any:
     from torch.nn.attention import flex_attention
 
@@ -374,18 +381,18 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 @functools.cache
-def _flex_works(device: str) -> bool:
+def _flex_works(device: str, head_dim: int) -> bool:
     """Tries one small compiled forward and backward; some cards lack the shared memory it needs."""
     try:
         # asked first by a validation, perhaps, where no gradient is wanted
         with torch.inference_mode(False), torch.enable_grad():
             document_ids = torch.zeros(1, 256, dtype=torch.long, device=device)
             anchors = torch.arange(8, 40, 4, device=device).unsqueeze(0)
-            visibility = Visibility(flex=_flex_mask(anchors, document_ids, 16))
+            visibility = build_visibility(anchors, document_ids, 16, "flex", head_dim)
             trained = device == "cuda"  # a CPU's flex has no backward
             query, key = (
                 torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=trained)
-                for shape in ((1, 4, 128, 64), (1, 2, 384, 64))
+                for shape in ((1, 4, 128, head_dim), (1, 2, 384, head_dim))
             )
             out = attend(query, key, key, visibility)
             if trained:

@@ -42,6 +42,7 @@ class StepSizes:
         chunk_rows: C, see `FrozenHead.chunk_rows`.
         compute_bytes: Bytes of a value in the matrix products: 2 under bf16-mixed, else 4.
         feature_bytes: Bytes of a value in the target's dtype.
+        casts_features: Whether features are of another dtype than matrix products.
         attention: What `choose_attention` gives for these sizes.
         device: Kernels differ in what they keep. CUDA's RMSNorm keeps its input, the CPU's its
             normalised input too; under autocast CUDA's returns fp32, the CPU's its input's dtype.
@@ -60,6 +61,7 @@ class StepSizes:
     chunk_rows: int
     compute_bytes: int = FP32
     feature_bytes: int = FP32
+    casts_features: bool = False
     attention: Literal["sdpa", "flex"] = "sdpa"
     device: Literal["cuda", "cpu"] = "cuda"
     logit_buffers: float = 1.5
@@ -153,7 +155,7 @@ def saved_activations(config: DrafterConfig, sizes: StepSizes) -> int:
     normed = hidden * value  # a norm's output, in the dtype of the products that read it
 
     # a context token: fc and hidden_norm once, a normalised key in every layer
-    context = taps * value if sizes.feature_bytes != value else 0
+    context = taps * value if sizes.casts_features else 0
     context += norm * hidden + statistic + rope
     context += normed
     context += layers * (norm * kv + statistic * kv // head)

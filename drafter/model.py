@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A linear map; in a compiled step under autocast its weight's gradient is not rounded."""
+    """A linear map; in a compiled step under autocast see `drafter.recompute.product`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., out) of x (..., in)."""
@@ -261,7 +261,8 @@ class Drafter(PreTrainedModel):
             positions: (B, S) int64 positions within the document.
             context: What earlier calls returned; it is not changed.
         """
-        if not torch.is_autocast_enabled(hidden_states.device.type):  # which casts by itself
+        hidden_states = for_products(hidden_states)
+        if not torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(self._input_dtype())
         new = _lean(self._keys_values, hidden_states, self._rope(positions))
         if context is None or context.length == 0:

@@ -204,6 +204,11 @@ class DrafterModule(LightningModule):
                 f"attention: flex trains on CUDA only, and this run is on {device.type}; use "
                 "attention: auto or sdpa."
             )
+        if stage == "fit" and self.trainer.precision == "16-mixed":
+            raise UserError(
+                "trainer.precision 16-mixed scales gradients, which clipping and on_nonfinite do "
+                "not know of; use bf16-mixed, or 32-true."
+            )
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.attach(datamodule.target)
         assert self.drafter is not None

@@ -120,12 +120,10 @@ def clip(
     trained = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     whole_norm = full(norm)
-    if not limit:
-        return whole_norm
-    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-        factor = (whole_norm + CLIP_EPSILON) / limit
-        optimizer.grad_scale = factor.clamp(min=1.0)  # type: ignore[attr-defined]
-    else:
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["fused"]:
+        factor = ((whole_norm + CLIP_EPSILON) / limit).clamp(min=1.0) if limit else None
+        optimizer.grad_scale = factor  # type: ignore[attr-defined]
+    elif limit:
         torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
     return whole_norm
 

@@ -58,8 +58,9 @@ def keep_products_only(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x @ weight.T in the dtype of x; the gradient of `weight` comes in fp32, unrounded.
+    """Returns x @ weight.T in the dtype of x; the gradient of `weight` comes in fp32.
 
+    On a GPU it is not rounded to the dtype of x on the way.
     Autocast would keep a copy of the weight in the products' dtype for the backward pass, and turn
     a gradient of that dtype into fp32 in a kernel of its own.
 

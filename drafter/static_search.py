@@ -85,8 +85,7 @@ class StaticSearchDecoder(StaticRows):
             sampling=sampling,
             recorder=recorder,
         )
-        if isinstance(plan, Search):
-            _ = target.tree_masks  # looks at what they do
+        _ = target.tree_masks  # looks at what they do
         shape: tuple[int, ...] = (slots,)
         others = 0
         if isinstance(plan, Search):

@@ -62,6 +62,7 @@ LAYERS = {
     "window within the block": LayerAttention(3),
     "window of one": LayerAttention(1, True),
 }
+WIDE = {"wide window": LayerAttention(300), "wide window, causal": LayerAttention(300, True)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,9 +109,9 @@ def tiled_cases():
         yield anchors, documents, block_size
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [*LAYERS, *WIDE])
 def test_tiles_hold_all_that_is_visible_and_whole_ones_nothing_else(layer):
-    layer, whole_tiles = LAYERS[layer], 0
+    layer, whole_tiles = (LAYERS | WIDE)[layer], 0
     for anchors, documents, block_size in tiled_cases():
         dense = build_visibility(anchors, documents, block_size, "sdpa", layer=layer).dense[:, 0]
         mask = build_visibility(anchors, documents, block_size, "flex", layer=layer).flex
@@ -127,19 +128,19 @@ def test_tiles_hold_all_that_is_visible_and_whole_ones_nothing_else(layer):
         assert not (anything & ~some & ~every).any()
         assert not (every & ~everything).any()
         whole_tiles += int(every.sum())
-    assert (whole_tiles > 0) == (layer.window is None)  # no window here is as wide as a tile
+    assert (whole_tiles > 0) == (layer.window is None or layer.window > TILE)
 
 
 def test_tiles_of_sorted_anchors_in_one_document_are_those_that_hold_something():
-    anchors = torch.arange(1, 2001, 13)[None]
-    documents = torch.zeros(1, 2048).long()
+    anchors = torch.stack((torch.arange(1, 2001, 13), torch.arange(50, 2050, 13)))
+    documents = torch.zeros(2, 2048).long()
     mask = build_visibility(anchors, documents, 16, "flex").flex
-    truth = create_block_mask(mask.mask_mod, 1, None, *mask.seq_lengths, device="cpu")
+    truth = create_block_mask(mask.mask_mod, 2, None, *mask.seq_lengths, device="cpu")
     for name in ("kv", "full_kv", "q", "full_q"):
         counts = [getattr(one, f"{name}_num_blocks") for one in (mask, truth)]
         assert torch.equal(*counts)
         assert getattr(mask, f"{name}_indices").is_contiguous()  # kernels take it to be
-        shape = (1, counts[0].shape[-1], getattr(mask, f"{name}_indices").shape[-1])
+        shape = (2, counts[0].shape[-1], getattr(mask, f"{name}_indices").shape[-1])
         tiles = [
             tiles_of(count, getattr(one, f"{name}_indices"), shape)
             for count, one in zip(counts, (mask, truth), strict=True)
@@ -261,5 +262,5 @@ def test_a_compiled_drafter_is_one_graph(monkeypatch, attention):
 
 
 def test_the_trial_of_flex_attention_passes_where_it_works(recwarn):
-    assert _flex_works("cpu")
+    assert _flex_works("cpu", 64)
     assert not [w for w in recwarn if "flex_attention does not work" in str(w.message)]

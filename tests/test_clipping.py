@@ -42,6 +42,16 @@ def test_the_norm_is_that_before_clipping_and_gradients_end_at_the_limit():
     assert torch.linalg.vector_norm(weight.grad) == pytest.approx(1.5)
 
 
+def test_without_a_limit_the_last_one_is_forgotten():
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 3.0)
+    optimizer, _ = make_optimizer([weight], SETTINGS, 10, fused=True)
+    clip(optimizer, [weight], 1.0)
+    clip(optimizer, [weight], 0.0)
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg"][0] == pytest.approx(0.3)
+
+
 def test_a_clipped_step_differs_from_one_that_is_not():
     """AdamW hardly feels one factor for all steps; the second step's moments do."""
     clipped, _ = steps(True, 0.2, 3.0)

@@ -104,6 +104,7 @@ class Step:
             chunk_rows=self.head.chunk_rows(whole),
             compute_bytes=2 if mixed else 4,
             feature_bytes=dtype.itemsize,
+            casts_features=dtype != (torch.bfloat16 if mixed else torch.float32),
             attention=attention,
             device=device,
             logit_buffers=logit_buffers(self.head, whole),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,15 @@ def test_a_mistake_is_one_sentence_without_a_traceback(mistake, tmp_path, monkey
     assert len(error) == 1, error
     assert re.search(message, error[0]), error[0]
     assert "Traceback" not in error[0]
+
+
+def test_scaled_gradients_are_refused():
+    """Lightning turns 16-mixed into bf16-mixed on a CPU by itself."""
+    module = DrafterModule()
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    module._trainer = SimpleNamespace(strategy=strategy, precision="16-mixed")
+    with pytest.raises(UserError, match="bf16-mixed"):
+        module.setup("fit")
 
 
 def test_out_of_memory_names_the_knobs(tmp_path, monkeypatch, capsys):
