@@ -172,7 +172,7 @@ def test_searches_have_a_colour_a_drafter_and_leave_out_what_had_no_round(monkey
     assert [list(line.get_xdata()) for line in first.lines] == [[4.0, 8.0], [4.0, 8.0]]
     assert [line.get_color() for line in first.lines] == list(COLOURS[:2])
     assert [line.get_color() for line in second.lines] == list(COLOURS[1:3])
-    legend = first.get_legend()
+    (legend,) = first.figure.legends
     named = {
         text.get_text(): handle.get_color()
         for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
