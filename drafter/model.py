@@ -264,7 +264,7 @@ class Drafter(PreTrainedModel):
         hidden_states = for_products(hidden_states)
         if not torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(self._input_dtype())
-        new = _lean(self._keys_values, hidden_states, self._rope(positions))
+        new = keep_products_only(self._keys_values, hidden_states, self._rope(positions))
         if context is None or context.length == 0:
             return DraftContext([keys for keys, _ in new], [values for _, values in new])
         return DraftContext(
@@ -308,7 +308,7 @@ class Drafter(PreTrainedModel):
         for layer, keys, values, one in zip(
             self._layers(), context.keys, context.values, seen, strict=True
         ):
-            x_BQD = _lean(layer, x_BQD, rope, (keys, values), one)
+            x_BQD = keep_products_only(layer, x_BQD, rope, (keys, values), one)
         # the norm last: FSDP2 would warn of a view that an in-place operation could change
         out: Tensor = self.norm(x_BQD.view(rows, blocks, block_size, x_BQD.shape[-1]))
         return out
@@ -359,13 +359,6 @@ class Drafter(PreTrainedModel):
     def _input_dtype(self) -> torch.dtype:
         # under autocast the residual stream stays in the dtype of the (fp32) weights
         return self.fc.weight.dtype
-
-
-def _lean(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns `function(*args)`; in a compiled training step little of it is kept."""
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return keep_products_only(function, *args)
-    return function(*args)
 
 
 def for_products(x: Tensor) -> Tensor:

@@ -42,12 +42,15 @@ _KEPT = frozenset(
 
 
 def keep_products_only(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns `function(*args)`; its backward pass computes all but products and attention again.
+    """Returns `function(*args)`; in a compiled training step its backward pass computes all but
+    products and attention again.
 
     Args:
         function: Draws no random numbers.
         args: What it is given.
     """
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        return function(*args)
     return checkpoint(
         function,
         *args,
