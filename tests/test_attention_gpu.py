@@ -13,20 +13,20 @@ pytestmark = [
 ]
 
 
-def run(kind, context, anchors, dtype, layer=FULL):
+def run(kind, context, anchors, dtype, layer=FULL, head_dim=64, rows=2):
     torch.manual_seed(0)
-    rows, block_size = 2, 16
+    block_size = 16
     draw = torch.stack([torch.randperm(context - 1)[:anchors].sort().values for _ in range(rows)])
-    draw[1, -3:] = -1
+    draw[-1, -3:] = -1
     documents = torch.zeros(rows, context, dtype=torch.long)
-    documents[1, context // 2 :] = -1
+    documents[-1, context // 2 :] = -1
     slots = anchors * block_size
     tensors = [
-        torch.randn(rows, heads, length, 64, dtype=dtype, device="cuda", requires_grad=True)
+        torch.randn(rows, heads, length, head_dim, dtype=dtype, device="cuda", requires_grad=True)
         for heads, length in ((6, slots), (2, context + slots), (2, context + slots))
     ]
     visibility = build_visibility(
-        draw.cuda(), documents.cuda(), block_size, kind, head_dim=64, layer=layer
+        draw.cuda(), documents.cuda(), block_size, kind, head_dim=head_dim, layer=layer
     )
     out = attend(*tensors, visibility)
     out.float().square().sum().backward()
@@ -43,6 +43,26 @@ def test_flex_equals_sdpa_forward_and_backward(context, anchors, layer):
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("context", [333, 1024])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_for_16_bits_are_as_near_to_fp32_as_sdpa_is(head_dim, context, rows):
+    found = {
+        (kind, dtype): run(kind, context, 64, dtype, head_dim=head_dim, rows=rows)
+        for kind, dtype in (
+            ("flex", torch.bfloat16),
+            ("sdpa", torch.bfloat16),
+            ("sdpa", torch.float32),
+        )
+    }
+    exact = found["sdpa", torch.float32]
+    mine, theirs = (
+        [float((a.float() - b).norm() / b.norm()) for a, b in zip(one, exact, strict=True)]
+        for one in (found["flex", torch.bfloat16], found["sdpa", torch.bfloat16])
+    )
+    assert all(a < 1.5 * b + 1e-3 for a, b in zip(mine, theirs, strict=True)), (mine, theirs)
 
 
 def test_auto_takes_flex_for_large_work_and_sdpa_for_small():
