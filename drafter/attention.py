@@ -40,12 +40,12 @@ KERNELS = {
     "fwd_BLOCK_N": 64,
     "fwd_num_warps": 4,
     "fwd_num_stages": 3,
-    "bwd_BLOCK_M1": 64,
+    "bwd_BLOCK_M1": 32,
     "bwd_BLOCK_N1": 64,
     "bwd_BLOCK_M2": 64,
-    "bwd_BLOCK_N2": 64,
+    "bwd_BLOCK_N2": 32,
     "bwd_num_warps": 4,
-    "bwd_num_stages": 2,
+    "bwd_num_stages": 3,
 }
 """flex_attention's tiles on such cards for such heads in 16 bits (docs/performance.md): smaller
 than its own, so that the many queries of a context's first keys are shared out better."""
@@ -209,24 +209,36 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | N
         value: Like `key`.
         visibility: None lets every query see every key (one block at inference).
     """
-    if visibility is not None and visibility.flex is not None:
-        compiling = torch.compiler.is_compiling()  # then it becomes a part of what is compiled
-        flex = _flex_module().flex_attention if compiling else _compiled_flex()
-        options = visibility.kernels if query.element_size() == 2 else None
-        out: Tensor = flex(
-            query,
-            key,
-            value,
-            block_mask=visibility.flex,
-            enable_gqa=True,
-            kernel_options=options,
-        )
-        return out
     groups = query.shape[1] // key.shape[1]
+    if visibility is not None and visibility.flex is not None:
+        return _attend_by_tiles(query, key, value, visibility, groups)
     # SDPA's fused kernels refuse a mask together with enable_gqa
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = None if visibility is None else visibility.dense
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _attend_by_tiles(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, groups: int
+) -> Tensor:
+    compiling = torch.compiler.is_compiling()  # then it becomes a part of what is compiled
+    flex = _flex_module().flex_attention if compiling else _compiled_flex()
+    single = len(query) == 1 and groups > 1
+    if single:
+        # the query heads that share a key become rows, and each makes a part of its gradient: one
+        # program would do all of it, and for early keys, which most queries see, end long after
+        # the others
+        query = query[0].unflatten(0, (-1, groups)).transpose(0, 1)
+        key, value = (tensor.expand(groups, -1, -1, -1) for tensor in (key, value))
+    out: Tensor = flex(
+        query,
+        key,
+        value,
+        block_mask=visibility.flex,
+        enable_gqa=not single,
+        kernel_options=visibility.kernels if query.element_size() == 2 else None,
+    )
+    return out.transpose(0, 1).flatten(0, 1)[None] if single else out
 
 
 def _anchor_documents(anchors_BA: Tensor, document_ids_BS: Tensor) -> Tensor:
@@ -265,15 +277,16 @@ def _flex_mask(
     anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
     # filled on the device: a copy from the host would wait for it
     length = torch.full((), context_length, device=anchors_BA.device)
+    single = len(anchors_BA) == 1
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        block = q // block_size
-        key_document = document_ids_BS[b, torch.minimum(kv, length - 1)]
+        row, block = b * 0 if single else b, q // block_size  # see `_attend_by_tiles`
+        key_document = document_ids_BS[row, torch.minimum(kv, length - 1)]
         return is_visible(
             q,
             kv,
-            anchors_BA[b, block],
-            anchor_document_BA[b, block],
+            anchors_BA[row, block],
+            anchor_document_BA[row, block],
             key_document,
             length,
             block_size,

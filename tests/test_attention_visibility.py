@@ -148,13 +148,18 @@ def test_tiles_of_sorted_anchors_in_one_document_are_those_that_hold_something()
         assert torch.equal(*tiles)
 
 
-def test_flex_and_sdpa_attend_alike():
+@pytest.mark.parametrize("rows", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (2, 2)])
+def test_flex_and_sdpa_attend_alike(rows, heads):
     torch.manual_seed(0)
-    anchors = torch.tensor([[3, 9, -1, 40], [0, 5, 12, 13]])
+    anchors = torch.tensor([[3, 9, -1, 40], [0, 5, 12, 13]])[rows]
     documents = torch.zeros(2, 48).long()
     documents[1, 14:] = -1
-    query = torch.randn(2, 4, 4 * 5, 16)
-    key, value = torch.randn(2, 2, 48 + 20, 16), torch.randn(2, 2, 48 + 20, 16)
+    documents = documents[rows]
+    query, key, value = (
+        torch.randn(len(rows), count, length, 16)
+        for count, length in zip((heads[0], heads[1], heads[1]), (20, 68, 68), strict=True)
+    )
     out = {
         kind: attend(query, key, value, build_visibility(anchors, documents, 5, kind))
         for kind in ("sdpa", "flex")
