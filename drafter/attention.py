@@ -128,6 +128,7 @@ def build_visibility(
     attention: AttentionKind = "auto",
     head_dim: int = FLEX_MIN_HEAD_DIM,
     layer: LayerAttention = FULL,
+    groups: int = 1,
 ) -> Visibility:
     """Returns the visibility of B x A blocks over their rows, in one kind of layer.
 
@@ -138,9 +139,14 @@ def build_visibility(
         attention: `sdpa` (dense mask), `flex` (CUDA only), or `auto`: flex where it pays.
         head_dim: E; flex_attention's kernels need at least `FLEX_MIN_HEAD_DIM`.
         layer: The kind.
+        groups: Query heads that share a key, where gradients are wanted: with flex_attention those
+            of a single row then run as rows of their own.
     """
     length = document_ids_BS.shape[1]
     if choose_attention(attention, anchors_BA, length, block_size, head_dim) == "flex":
+        if len(anchors_BA) == 1:
+            anchors_BA = anchors_BA.expand(groups, -1)
+            document_ids_BS = document_ids_BS.expand(groups, -1)
         mask = _flex_mask(anchors_BA, document_ids_BS, block_size, layer)
         return Visibility(flex=mask, kernels=_kernels(head_dim, anchors_BA.device))
     return Visibility(dense=_dense_mask(anchors_BA, document_ids_BS, block_size, layer))
@@ -153,10 +159,13 @@ def build_visibilities(
     block_size: int,
     attention: AttentionKind = "auto",
     head_dim: int = FLEX_MIN_HEAD_DIM,
+    groups: int = 1,
 ) -> tuple[Visibility, ...]:
     """Returns `build_visibility` of every layer; layers of one kind share it."""
     made = {
-        layer: build_visibility(anchors_BA, document_ids_BS, block_size, attention, head_dim, layer)
+        layer: build_visibility(
+            anchors_BA, document_ids_BS, block_size, attention, head_dim, layer, groups
+        )
         for layer in dict.fromkeys(layers)
     }
     return tuple(made[layer] for layer in layers)
@@ -209,36 +218,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | N
         value: Like `key`.
         visibility: None lets every query see every key (one block at inference).
     """
-    groups = query.shape[1] // key.shape[1]
     if visibility is not None and visibility.flex is not None:
-        return _attend_by_tiles(query, key, value, visibility, groups)
+        return _attend_by_tiles(query, key, value, visibility)
+    groups = query.shape[1] // key.shape[1]
     # SDPA's fused kernels refuse a mask together with enable_gqa
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = None if visibility is None else visibility.dense
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def _attend_by_tiles(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, groups: int
-) -> Tensor:
+def _attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
     compiling = torch.compiler.is_compiling()  # then it becomes a part of what is compiled
     flex = _flex_module().flex_attention if compiling else _compiled_flex()
-    single = len(query) == 1 and groups > 1
-    if single:
+    groups = visibility.flex.kv_num_blocks.shape[0] // len(query)
+    if groups > 1:
         # the query heads that share a key become rows, and each makes a part of its gradient: one
         # program would do all of it, and for early keys, which most queries see, end long after
         # the others
         query = query[0].unflatten(0, (-1, groups)).transpose(0, 1)
-        key, value = (tensor.expand(groups, -1, -1, -1) for tensor in (key, value))
     out: Tensor = flex(
         query,
         key,
         value,
         block_mask=visibility.flex,
-        enable_gqa=not single,
+        enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=visibility.kernels if query.element_size() == 2 else None,
     )
-    return out.transpose(0, 1).flatten(0, 1)[None] if single else out
+    return out.transpose(0, 1).flatten(0, 1)[None] if groups > 1 else out
 
 
 def _anchor_documents(anchors_BA: Tensor, document_ids_BS: Tensor) -> Tensor:
@@ -277,16 +283,15 @@ def _flex_mask(
     anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
     # filled on the device: a copy from the host would wait for it
     length = torch.full((), context_length, device=anchors_BA.device)
-    single = len(anchors_BA) == 1
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        row, block = b * 0 if single else b, q // block_size  # see `_attend_by_tiles`
-        key_document = document_ids_BS[row, torch.minimum(kv, length - 1)]
+        block = q // block_size
+        key_document = document_ids_BS[b, torch.minimum(kv, length - 1)]
         return is_visible(
             q,
             kv,
-            anchors_BA[row, block],
-            anchor_document_BA[row, block],
+            anchors_BA[b, block],
+            anchor_document_BA[b, block],
             key_document,
             length,
             block_size,

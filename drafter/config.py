@@ -111,6 +111,11 @@ class DrafterConfig(Qwen3Config):
         )
 
     @property
+    def query_groups(self) -> int:
+        """Query heads that share a head of keys and values."""
+        return self.num_attention_heads // (self.num_key_value_heads or self.num_attention_heads)
+
+    @property
     def embedding_scale(self) -> float:
         """Factor on block inputs beside the target's own (`input_embedding_scale`)."""
         return float(self._told("input_embedding_scale") or 1.0)

@@ -478,6 +478,7 @@ class DrafterModule(LightningModule):
             config.block_size,
             self.hparams.attention,
             config.head_dim,
+            config.query_groups,
         )
         hidden_BAKD = self.drafter(
             batch.hidden_states,

@@ -26,7 +26,7 @@ def run(kind, context, anchors, dtype, layer=FULL, head_dim=64, rows=2):
         for heads, length in ((6, slots), (2, context + slots), (2, context + slots))
     ]
     visibility = build_visibility(
-        draw.cuda(), documents.cuda(), block_size, kind, head_dim=head_dim, layer=layer
+        draw.cuda(), documents.cuda(), block_size, kind, head_dim, layer, groups=3
     )
     out = attend(*tensors, visibility)
     out.float().square().sum().backward()

@@ -161,7 +161,12 @@ def test_flex_and_sdpa_attend_alike(rows, heads):
         for count, length in zip((heads[0], heads[1], heads[1]), (20, 68, 68), strict=True)
     )
     out = {
-        kind: attend(query, key, value, build_visibility(anchors, documents, 5, kind))
+        kind: attend(
+            query,
+            key,
+            value,
+            build_visibility(anchors, documents, 5, kind, groups=heads[0] // heads[1]),
+        )
         for kind in ("sdpa", "flex")
     }
     assert torch.isfinite(out["sdpa"]).all()
