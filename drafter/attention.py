@@ -235,7 +235,7 @@ def _attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, visibility: Visi
         # the query heads that share a key become rows, and each makes a part of its gradient: one
         # program would do all of it, and for early keys, which most queries see, end long after
         # the others
-        query = query[0].unflatten(0, (-1, groups)).transpose(0, 1)
+        query = query.squeeze(0).unflatten(0, (-1, groups)).transpose(0, 1)
     out: Tensor = flex(
         query,
         key,
@@ -244,7 +244,7 @@ def _attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, visibility: Visi
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=visibility.kernels if query.element_size() == 2 else None,
     )
-    return out.transpose(0, 1).flatten(0, 1)[None] if groups > 1 else out
+    return out.transpose(0, 1).flatten(0, 1).unsqueeze(0) if groups > 1 else out
 
 
 def _anchor_documents(anchors_BA: Tensor, document_ids_BS: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from drafter.optimisation import (
     number_as_module,
 )
 from drafter.ranks import sum_over_ranks
+from drafter.recompute import INDUCTOR
 from drafter.sharding import is_sharded, shard, whole
 from drafter.soft_labels import SoftLabels, check_linear, soft_labels
 from drafter.target import Target, check_layer_ids, default_layer_ids
@@ -276,7 +277,8 @@ class DrafterModule(LightningModule):
         if self.hparams.compile_drafter:
             # dynamo would split what it compiles by DDP's buckets, and can't with flex_attention
             torch._dynamo.config.optimize_ddp = False
-            self.drafter.compile()  # in place: state-dict keys stay as they are
+            # in place: state-dict keys stay as they are
+            self.drafter.compile(options=INDUCTOR)
 
     def whole_drafter(self) -> Drafter:
         """Returns the drafter for use outside a training step; all ranks call it together."""
