@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.train_step --toy
 	$(BIN)/python -m benchmarks.train_step --toy --shapes smollm2 --tokens 300 --anchors 12 --layers 4
 	$(BIN)/python -m benchmarks.growth --toy --layers 2
+	$(BIN)/python -m benchmarks.target_overlap --toy
 	$(BIN)/python -m benchmarks.full_size --toy
 	$(BIN)/python -m benchmarks.decode --toy
 	$(BIN)/python -m benchmarks.decode --toy --ways recorded --rows 1 --search tree self-select --budget 8 16 --drafts 2

@@ -113,7 +113,8 @@ class DrafterConfig(Qwen3Config):
     @property
     def query_groups(self) -> int:
         """Query heads that share a head of keys and values."""
-        return self.num_attention_heads // (self.num_key_value_heads or self.num_attention_heads)
+        heads = self.num_attention_heads
+        return int(heads // (self.num_key_value_heads or heads))
 
     @property
     def embedding_scale(self) -> float:
