@@ -71,8 +71,12 @@ TOY = ("ours", "ours, cross-entropy only", "specforge", "speculators, eager loss
 
 def _ours(case: Case, loss: CombinedLoss, name: str) -> Ours:
     on_gpu = case.device.type == "cuda"
-    graphs = on_gpu and case.target.hidden_size <= LAUNCH_BOUND
-    return Ours(case, loss, compiled=on_gpu, graphs=graphs, name=name)
+    return Ours(case, loss, compiled=on_gpu, graphs=launch_bound(case), name=name)
+
+
+def launch_bound(case: Case) -> bool:
+    """Returns whether a step, kernel by kernel, takes as long as the host needs to launch it."""
+    return case.device.type == "cuda" and case.target.hidden_size <= LAUNCH_BOUND
 
 
 # ---------------------------------------------------------------------- correctness
@@ -389,6 +393,31 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(markdown_rows(head, lines))
 
 
+def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns what each case's ratios are asked for: of speed, of memory, of the full loss."""
+    lines = []
+    for case in dict.fromkeys(map(_case, rows)):
+        done = {r["drafter"]: r for r in rows if _case(r) == case and "failed" not in r}
+        ours, plainly = (done.pop(name, None) for name in ("ours", "ours, cross-entropy only"))
+        peers = [row for name, row in done.items() if not name.startswith("ours")]
+        if ours is None or not peers:
+            continue
+        peer = max(peers, key=lambda row: float(row["blocks_per_second"]))
+        line = (
+            f"{ours['shapes']}, {ours['blocks']:,} blocks: "
+            f"{ours['blocks_per_second'] / peer['blocks_per_second']:.2f} times the blocks a "
+            f"second of {peer['drafter']}"
+        )
+        if "gib_over_weights" in ours:
+            memory = ours["gib_over_weights"] / peer["gib_over_weights"]
+            line += f", {memory:.3f} of its memory over weights"
+        if plainly is not None:
+            slower = ours["step_ms"] / plainly["step_ms"] - 1
+            line += f"; the full loss takes {slower:+.1%} over cross-entropy alone"
+        lines.append(line)
+    return lines
+
+
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(
         row[name] for name in ("shapes", "tokens", "blocks", "block_size", "layers", "taps")
@@ -435,7 +464,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError("There is no GPU here; --toy runs a small version on the CPU.")
         if options.peers:
             sys.path.append(options.peers)  # what they need may be here in a version of its own
-        print(show(run(options)))
+        rows = run(options)
+        print("\n".join([show(rows), "", *bars(rows)]))
 
 
 if __name__ == "__main__":

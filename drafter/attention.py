@@ -116,7 +116,9 @@ class Visibility:
     dense: Tensor | None = None
     """(B, 1, Q, S + Q) bool, True where visible."""
     flex: Any = None
-    """A `torch.nn.attention.flex_attention.BlockMask`."""
+    """A `torch.nn.attention.flex_attention.BlockMask` of B * `groups` rows."""
+    groups: int = 1
+    """Query heads of a group that run as rows of their own; more than 1 for a single row only."""
     kernels: dict[str, int] | None = None
     """Options of flex_attention's for 16-bit queries; None for its own."""
 
@@ -139,16 +141,17 @@ def build_visibility(
         attention: `sdpa` (dense mask), `flex` (CUDA only), or `auto`: flex where it pays.
         head_dim: E; flex_attention's kernels need at least `FLEX_MIN_HEAD_DIM`.
         layer: The kind.
-        groups: Query heads that share a key, where gradients are wanted: with flex_attention those
-            of a single row then run as rows of their own.
+        groups: H / H_kv, the query heads that share a key/value head. flex_attention's backward
+            pass shares out its work better if it knows.
     """
     length = document_ids_BS.shape[1]
     if choose_attention(attention, anchors_BA, length, block_size, head_dim) == "flex":
-        if len(anchors_BA) == 1:
-            anchors_BA = anchors_BA.expand(groups, -1)
-            document_ids_BS = document_ids_BS.expand(groups, -1)
+        groups = groups if len(anchors_BA) == 1 else 1
+        rows = groups * len(anchors_BA)
+        anchors_BA, document_ids_BS = anchors_BA.expand(rows, -1), document_ids_BS.expand(rows, -1)
         mask = _flex_mask(anchors_BA, document_ids_BS, block_size, layer)
-        return Visibility(flex=mask, kernels=_kernels(head_dim, anchors_BA.device))
+        kernels = _kernels(head_dim, anchors_BA.device)
+        return Visibility(flex=mask, groups=groups, kernels=kernels)
     return Visibility(dense=_dense_mask(anchors_BA, document_ids_BS, block_size, layer))
 
 
@@ -219,7 +222,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | N
         visibility: None lets every query see every key (one block at inference).
     """
     if visibility is not None and visibility.flex is not None:
-        return _attend_by_tiles(query, key, value, visibility)
+        return _flex_attend(query, key, value, visibility)
     groups = query.shape[1] // key.shape[1]
     # SDPA's fused kernels refuse a mask together with enable_gqa
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -227,14 +230,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility | N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def _attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
+def _flex_attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
     compiling = torch.compiler.is_compiling()  # then it becomes a part of what is compiled
     flex = _flex_module().flex_attention if compiling else _compiled_flex()
-    groups = visibility.flex.kv_num_blocks.shape[0] // len(query)
+    groups = visibility.groups
     if groups > 1:
-        # the query heads that share a key become rows, and each makes a part of its gradient: one
-        # program would do all of it, and for early keys, which most queries see, end long after
-        # the others
+        # In the backward pass one program makes a tile of keys' gradient, of all query heads that
+        # share them. Most queries see the early keys, so theirs end long after the others. As rows,
+        # each of these heads makes its own part.
         query = query.squeeze(0).unflatten(0, (-1, groups)).transpose(0, 1)
     out: Tensor = flex(
         query,
@@ -283,6 +286,9 @@ def _flex_mask(
     anchor_document_BA = _anchor_documents(anchors_BA, document_ids_BS)
     # filled on the device: a copy from the host would wait for it
     length = torch.full((), context_length, device=anchors_BA.device)
+    # torch 2.13 doesn't guard a named tuple that a mask closes over: one kind of layer would run
+    # what was compiled for another
+    window, causal = layer
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         block = q // block_size
@@ -295,7 +301,7 @@ def _flex_mask(
             key_document,
             length,
             block_size,
-            layer,
+            LayerAttention(window, causal),
         )
 
     tiles = _classify_tiles(anchors_BA, anchor_document_BA, document_ids_BS, block_size, layer)
@@ -406,7 +412,7 @@ def _flex_works(device: str, head_dim: int) -> bool:
         with torch.inference_mode(False), torch.enable_grad():
             document_ids = torch.zeros(1, 256, dtype=torch.long, device=device)
             anchors = torch.arange(8, 40, 4, device=device).unsqueeze(0)
-            visibility = build_visibility(anchors, document_ids, 16, "flex", head_dim)
+            visibility = build_visibility(anchors, document_ids, 16, "flex", head_dim, groups=2)
             trained = device == "cuda"  # a CPU's flex has no backward
             query, key = (
                 torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=trained)

@@ -111,8 +111,8 @@ class DrafterConfig(Qwen3Config):
         )
 
     @property
-    def query_groups(self) -> int:
-        """Query heads that share a head of keys and values."""
+    def num_key_value_groups(self) -> int:
+        """H / H_kv, the query heads that share a key/value head (transformers' term)."""
         heads = self.num_attention_heads
         return int(heads // (self.num_key_value_heads or heads))
 

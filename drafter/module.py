@@ -39,7 +39,7 @@ from drafter.optimisation import (
     number_as_module,
 )
 from drafter.ranks import sum_over_ranks
-from drafter.recompute import INDUCTOR
+from drafter.recompute import INDUCTOR_OPTIONS
 from drafter.sharding import is_sharded, shard, whole
 from drafter.soft_labels import SoftLabels, check_linear, soft_labels
 from drafter.target import Target, check_layer_ids, default_layer_ids
@@ -278,7 +278,7 @@ class DrafterModule(LightningModule):
             # dynamo would split what it compiles by DDP's buckets, and can't with flex_attention
             torch._dynamo.config.optimize_ddp = False
             # in place: state-dict keys stay as they are
-            self.drafter.compile(options=INDUCTOR)
+            self.drafter.compile(options=INDUCTOR_OPTIONS)
 
     def whole_drafter(self) -> Drafter:
         """Returns the drafter for use outside a training step; all ranks call it together."""
@@ -480,7 +480,7 @@ class DrafterModule(LightningModule):
             config.block_size,
             self.hparams.attention,
             config.head_dim,
-            config.query_groups,
+            config.num_key_value_groups,
         )
         hidden_BAKD = self.drafter(
             batch.hidden_states,

@@ -40,10 +40,11 @@ _KEPT = frozenset(
     )
 )
 
-INDUCTOR = {"unroll_reductions_threshold": 1}
-"""Options of a compiled step: sums of few parts are made at once. Left to whatever reads them,
-the gradients of the context's keys would be kept in parts, one of each query group (`attend`),
-until all layers are through: 0.5 GiB at the size of Llama-3-8B."""
+INDUCTOR_OPTIONS = {"unroll_reductions_threshold": 1}
+"""Of a compiled step. Inductor makes sums of up to 8 terms within whatever reads them; 1 turns that
+off. Else each layer's gradients of keys and values, which come in one part for each query head of a
+group (`attend`), would be kept in parts until the context's turn comes, after all layers: 0.5 GiB
+at 512 blocks of Llama-3-8B's width."""
 
 
 def keep_products_only(function: Callable[..., Any], *args: Any) -> Any:

@@ -22,7 +22,10 @@ def run(kind, context, anchors, dtype, layer=FULL, head_dim=64, rows=2):
     documents[-1, context // 2 :] = -1
     slots = anchors * block_size
     tensors = [
-        torch.randn(rows, heads, length, head_dim, dtype=dtype, device="cuda", requires_grad=True)
+        torch.randn(rows, heads, length, head_dim, device="cuda")
+        .bfloat16()  # so that all dtypes begin with the same numbers
+        .to(dtype)
+        .requires_grad_()
         for heads, length in ((6, slots), (2, context + slots), (2, context + slots))
     ]
     visibility = build_visibility(
@@ -36,10 +39,11 @@ def run(kind, context, anchors, dtype, layer=FULL, head_dim=64, rows=2):
 @pytest.mark.parametrize("context", [256, 333, 1000])
 @pytest.mark.parametrize("anchors", [13, 64])
 @pytest.mark.parametrize("layer", [FULL, LayerAttention(100, True), LayerAttention(100)])
-def test_flex_equals_sdpa_forward_and_backward(context, anchors, layer):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_flex_equals_sdpa_forward_and_backward(context, anchors, layer, rows):
     for mine, theirs in zip(
-        run("flex", context, anchors, torch.float32, layer),
-        run("sdpa", context, anchors, torch.float32, layer),
+        run("flex", context, anchors, torch.float32, layer, rows=rows),
+        run("sdpa", context, anchors, torch.float32, layer, rows=rows),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)

@@ -173,6 +173,32 @@ def test_flex_and_sdpa_attend_alike(rows, heads):
     torch.testing.assert_close(out["flex"], out["sdpa"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_kinds_of_layers_attend_over_several_tiles_one_after_another(groups):
+    """Shapes are the same: what flex_attention compiles for one kind must not serve another."""
+    torch.manual_seed(0)
+    anchors = torch.randperm(300)[:20].sort().values[None]
+    documents = (torch.arange(300) // 170)[None]
+    query = torch.randn(1, 6, 20 * 16, 16)
+    key, value = torch.randn(2, 1, 2, 300 + 20 * 16, 16)
+    for layer in (FULL, LayerAttention(90), LayerAttention(90, True), LayerAttention(40), FULL):
+        made = {
+            kind: build_visibility(anchors, documents, 16, kind, layer=layer, groups=groups)
+            for kind in ("sdpa", "flex")
+        }
+        assert made["flex"].groups == groups
+        assert made["flex"].flex.kv_num_blocks.shape[0] == groups
+        found, expected = (attend(query, key, value, made[kind]) for kind in ("flex", "sdpa"))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_several_rows_keep_their_heads_grouped():
+    anchors, documents = torch.tensor([[3, 9], [0, 5]]), torch.zeros(2, 48).long()
+    visibility = build_visibility(anchors, documents, 5, "flex", groups=2)
+    assert visibility.groups == 1
+    assert visibility.flex.kv_num_blocks.shape[0] == 2
+
+
 def small_drafter(block_size=8, layers=2):
     torch.manual_seed(0)
     config = DrafterConfig(

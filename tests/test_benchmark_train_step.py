@@ -111,3 +111,23 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
         train_step.main([])
     assert stop.value.code == 2
     assert "--toy" in capsys.readouterr().err
+
+
+def test_the_bars_are_ratios_to_the_fastest_peer():
+    case = {"shapes": "toy", "tokens": 64, "blocks": 512, "block_size": 4, "layers": 1, "taps": 2}
+
+    def row(drafter, ms, **more):
+        return case | {"drafter": drafter, "step_ms": ms, "blocks_per_second": 1e3 / ms, **more}
+
+    rows = [
+        row("ours", 100.0, gib_over_weights=2.0),
+        row("ours, cross-entropy only", 80.0, gib_over_weights=2.0),
+        row("slow", 300.0, gib_over_weights=3.0),
+        row("fast", 150.0, gib_over_weights=5.0),
+        case | {"drafter": "none", "failed": "no kernel"},
+    ]
+    assert train_step.bars(rows) == [
+        "toy, 512 blocks: 1.50 times the blocks a second of fast, 0.400 of its memory over "
+        "weights; the full loss takes +25.0% over cross-entropy alone"
+    ]
+    assert train_step.bars(rows[:2]) == []  # nothing to compare with

@@ -8,10 +8,16 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 
+from benchmarks.competitors import Ours, full_stack, make_case
+from benchmarks.shapes import SHAPES, random_target
 from drafter import model as model_module
+from drafter import module as module_module
 from drafter.attention import build_visibilities
+from drafter.config import DrafterConfig
 from drafter.model import Drafter
+from drafter.recompute import INDUCTOR_OPTIONS
 from tests.test_attention_visibility import small_drafter
 
 ROWS, CONTEXT, BLOCKS, BLOCK_SIZE = 2, 40, 5, 8
@@ -114,3 +120,37 @@ def test_by_itself_a_compiler_keeps_more(monkeypatch):
     inner = drafter.config.intermediate_size
     wide = sum(count for what, count in kept(graphs["forward"]).items() if inner in what[1])
     assert wide > 2 * drafter.config.num_hidden_layers
+
+
+def test_training_knows_the_groups_of_heads_and_how_to_compile(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Drafter, "compile", lambda self, **kwargs: seen.update(kwargs))
+    target = random_target(SHAPES["toy"], 64, "cpu", torch.float32)
+    case = make_case(target, tokens=40, anchors=4, layers=1, taps=2, block_size=4)
+    ours = Ours(case, full_stack(), compiled=True)
+    assert seen["options"] is INDUCTOR_OPTIONS
+    make = module_module.build_visibilities
+
+    def watch(*args):
+        seen["groups"] = args[-1]
+        return make(*args)
+
+    monkeypatch.setattr(module_module, "build_visibilities", watch)
+    ours.forward()
+    assert seen["groups"] == 2
+    assert DrafterConfig(num_attention_heads=6, num_key_value_heads=2).num_key_value_groups == 3
+
+
+def test_sums_of_few_parts_are_made_before_they_are_read():
+    parts = torch.randn(4, 64)
+
+    def read_in_two_places(parts):
+        total = parts.sum(0)
+        return total[:16].exp(), total[16:].cos()
+
+    def kernels(**options):
+        torch._dynamo.reset()
+        return run_and_get_code(torch.compile(read_in_two_places, **options), parts)[1][0]
+
+    assert "buf0 = empty_strided_cpu((64, )" not in kernels()
+    assert "buf0 = empty_strided_cpu((64, )" in kernels(options=INDUCTOR_OPTIONS)
