@@ -41,7 +41,8 @@ def test_two_processes_train_verify_and_agree_with_one(tmp_path):
     assert lengths[0] == pytest.approx(lengths[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("overlay", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
 def test_a_rank_without_anchors_or_prompts_keeps_nobody_waiting(tmp_path, overlay):
     """Five rows on two ranks, one held-out prompt: rank 1 has a filler row in each epoch's last
     step, and nothing to verify; stopped in mid-epoch and resumed, with windows of two batches.
