@@ -72,7 +72,8 @@ def is_visible(
     key_document: Tensor,
     context_length: int | Tensor,
     block_size: int,
-    layer: LayerAttention = FULL,
+    window: int | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Returns whether block slot `query` sees key `key` (method.md, Visibility); broadcasts.
 
@@ -90,22 +91,23 @@ def is_visible(
             padding.
         context_length: S; a 0-d tensor in compiled masks, which then serve every S.
         block_size: K.
-        layer: Narrows what is seen; rows hold a document's tokens one after another, so that
-            distances in a row are distances in the document.
+        window: Narrows what is seen, as `LayerAttention` says; rows hold a document's tokens one
+            after another, so that distances in a row are distances in the document.
+        causal: Likewise.
     """
     in_context = key < context_length
     sees_context = (key < anchor) & (key_document == anchor_document) & (key_document >= 0)
     slot = key - context_length
     same_block = slot // block_size == query // block_size
     visible = torch.where(in_context, sees_context, same_block)
-    if layer == FULL:
+    if window is None and not causal:
         return visible
     offset = query % block_size
     distance = torch.where(in_context, anchor + offset - key, offset - slot % block_size)
-    if layer.causal:
+    if causal:
         visible = visible & (distance >= 0)
-    if layer.window is not None:
-        visible = visible & (distance.abs() < layer.window)
+    if window is not None:
+        visible = visible & (distance.abs() < window)
     return visible
 
 
@@ -191,7 +193,7 @@ def last_block_visibility(
     query_K1 = torch.arange(block_size, device=device)[:, None]
     key_1Q = torch.arange(context_length + block_size, device=device)[None]
     dense_KQ = is_visible(
-        query_K1, key_1Q, zero + context_length, zero, zero, context_length, block_size, layer
+        query_K1, key_1Q, zero + context_length, zero, zero, context_length, block_size, *layer
     )
     return Visibility(dense=dense_KQ[None, None])
 
@@ -274,7 +276,7 @@ def _dense_mask(
         key_document_B1K,
         context_length,
         block_size,
-        layer,
+        *layer,
     ).unsqueeze(1)
 
 
@@ -301,7 +303,8 @@ def _flex_mask(
             key_document,
             length,
             block_size,
-            LayerAttention(window, causal),
+            window,
+            causal,
         )
 
     tiles = _classify_tiles(anchors_BA, anchor_document_BA, document_ids_BS, block_size, layer)
