@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.competitors import Ours, full_stack, make_case
+from benchmarks.competitors import Case, Ours, full_stack, make_case
 from benchmarks.lines import read_lines, write_lines
 from benchmarks.shapes import SHAPES, random_target
-from benchmarks.train_step import TARGET_LAYERS, forget, measure
+from benchmarks.train_step import CHECKED_BLOCKS, TARGET_LAYERS, check_ours, forget, measure
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.markdown import markdown_rows
 from drafter.evaluation.plots import COLOURS, pyplot
+from drafter.target import Target
 from evaluate import where_and_when
 
 AXES: dict[str, Sequence[int]] = {
@@ -74,8 +75,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 fields = {**shapes, "vocab_size": made_for, "num_hidden_layers": TARGET_LAYERS}
                 longest = max(*axes["tokens"], base["tokens"]) + 64
                 target = random_target(fields, longest, device, dtype)
-            shape = {name: sizes[name] for name in ("tokens", "anchors", "block_size", "rows")}
-            case = make_case(target, layers=options.layers, taps=5, **shape)
+                # whole logits of many blocks would not fit
+                few = base | {"anchors": min(CHECKED_BLOCKS, base["anchors"])}
+                _check(target, few, options)
+            case = _case(target, sizes, options)
             try:
                 line |= measure(
                     case,
@@ -91,6 +94,18 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             print(json.dumps(rows[-1]), flush=True)
             write_lines(output, rows)
     return rows
+
+
+def _case(target: Target, sizes: dict[str, int], options: argparse.Namespace) -> Case:
+    shape = {name: sizes[name] for name in ("tokens", "anchors", "block_size", "rows")}
+    return make_case(target, layers=options.layers, taps=5, **shape)
+
+
+def _check(target: Target, sizes: dict[str, int], options: argparse.Namespace) -> None:
+    case = _case(target, sizes, options)
+    found = check_ours(case, Ours(case, full_stack(), compiled=options.compile))
+    print(f"V {target.vocab_size:,}: ours against its eager twin {found}", flush=True)
+    forget()
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:

@@ -24,7 +24,7 @@ import torch
 from benchmarks.competitors import Ours, full_stack, make_case
 from benchmarks.lines import read_lines, write_lines
 from benchmarks.shapes import SHAPES, random_target
-from benchmarks.train_step import forget, launch_bound, mark, milliseconds
+from benchmarks.train_step import check_ours, forget, launch_bound, mark, milliseconds
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.markdown import markdown_rows
 from drafter.layer_ids import default_layer_ids
@@ -69,7 +69,10 @@ def measure(
     on_gpu = device.type == "cuda"
     target = random_target(SHAPES[shapes], sizes["tokens"] + 64, device, dtype)
     case = make_case(target, block_size=16, **sizes)
-    drafter = Ours(case, full_stack(), graphs=launch_bound(case))
+    make = partial(Ours, case, full_stack(), graphs=launch_bound(case))
+    print(f"{shapes}: ours against its eager twin {check_ours(case, make())}", flush=True)
+    forget()
+    drafter = make()
     layer_ids = default_layer_ids(target.num_layers, sizes["taps"])
     batch = case.batch
     side = torch.cuda.Stream() if on_gpu else None

@@ -82,8 +82,12 @@ def launch_bound(case: Case) -> bool:
 # ---------------------------------------------------------------------- correctness
 
 
-def check_ours(case: Case) -> dict[str, float]:
+def check_ours(case: Case, ours: Ours | None = None) -> dict[str, float]:
     """Holds our loss and gradients to an eager twin that forms all logits.
+
+    Args:
+        case: Inputs.
+        ours: As it will be timed, on this case with the full loss; default: `train_step`'s own.
 
     Returns:
         `loss` and `gradient`, the relative differences.
@@ -91,7 +95,7 @@ def check_ours(case: Case) -> dict[str, float]:
     Raises:
         AssertionError: They are more than the dtype explains.
     """
-    ours = _ours(case, full_stack(), "ours")
+    ours = ours or _ours(case, full_stack(), "ours")
     for _ in range(3):  # recorded graphs begin with the second step of a shape
         ours.module.zero_grad()
         loss = None  # the last step's graph can't be alive while the next is recorded
