@@ -17,12 +17,13 @@ import torch
 
 import train
 from callbacks.run_files import git_commit
-from data.eval_prompts import load_eval_prompts
+from data.eval_prompts import check_eval_prompts, load_eval_prompts
 from data.overlap import overlap_lines, overlap_with_runs
 from data.prompt_sets import FollowUps, Prompt
 from data.sample_rows import sample_rows
 from data.sharing import load_target, shared_between_runs
-from drafter.draft_length import write_draft_length
+from data.sources import Source
+from drafter.draft_length import read_draft_length, write_draft_length
 from drafter.errors import UserError, one_sentence_errors
 from drafter.evaluation.ablation import Ablation
 from drafter.evaluation.asked import check_output, merge_asked, read_asked
@@ -48,6 +49,9 @@ def run_report(options: argparse.Namespace) -> None:
     settings = settings_from(options)
     searches = searches_of(options)
     check_audit(options, searches)
+    check_prompts(options)
+    if options.draft_length:
+        read_draft_length(Path(options.draft_length))
     if options.output:
         check_output(Path(options.output), options.prompts or ())
     drafters, unreadable = load_all(options.ckpt, options.block_size)
@@ -76,6 +80,7 @@ def run_report(options: argparse.Namespace) -> None:
 def run_calibrate(options: argparse.Namespace) -> None:
     """Finds the draft length that pays here; writes it, with a plot beside it."""
     settings = settings_from(options)
+    check_prompts(options)
     loaded = load_drafter(options.ckpt, options.block_size)
     target = target_for([loaded], options)
     check_fits(loaded, target)
@@ -112,14 +117,16 @@ def run_doctor(options: argparse.Namespace) -> None:
     """Prints what each check of a drafter finds; exits with code 1 if one finds a fault."""
     loaded = load_drafter(options.ckpt, options.block_size)
     run = run_settings(loaded.run_config)
+    source, cache = rows_to_look_at(options, run)
+    if device_for(options) == "cpu":
+        options.dtype = options.dtype or "float32"  # 16 bits are several times slower on most
     target = target_for([loaded], options)
     check_fits(loaded, target)
     loaded.drafter.to(target.device, target.dtype).requires_grad_(False)
-    cache = options.cache or (None if options.data else run.get("data.cache"))
     sample = sample_rows(
         target,
-        options.data or run.get("data.train_data"),
-        None if cache is None else Path(cache),
+        source,
+        cache,
         count=options.rows,
         max_length=options.max_length,
     )
@@ -146,6 +153,29 @@ def run_doctor(options: argparse.Namespace) -> None:
     print("\nno known fault: if accepted lengths are low, train longer, or on more aligned rows")
 
 
+def rows_to_look_at(
+    options: argparse.Namespace, run: dict[str, Any]
+) -> tuple[str | list[str] | None, Path | None]:
+    """Returns the rows and the cache that the options name, or else those of the run.
+
+    Raises:
+        UserError: The rows are needed, and not there.
+    """
+    cache = options.cache or (None if options.data else run.get("data.cache"))
+    source = options.data or run.get("data.train_data")
+    if cache is None and source:
+        try:
+            Source(source).entries()
+        except UserError as error:
+            if options.data:
+                raise
+            raise UserError(
+                f"{options.ckpt} was trained on rows that can't be read ({error}); name rows like "
+                "them with --data."
+            ) from error
+    return source, None if cache is None else Path(cache)
+
+
 def run_settings(config: Path | None) -> dict[str, Any]:
     """Returns what a run's config says, by dotted name; nothing without one."""
     return {} if config is None else flat(read_yaml(config))
@@ -164,6 +194,7 @@ def run_ablation(options: argparse.Namespace) -> None:
     """Trains and measures grids of recipes; one process, one target, one set of features."""
     settings = settings_from(options)
     grids = [read_grid(path) for path in options.config]
+    check_prompts(options)
     features = FeatureStore(int(options.feature_budget_gb * 1e9))
     overlaps: dict[str, Any] = {}  # reading all training rows takes longer than measuring a row
 
@@ -266,6 +297,11 @@ def target_for(drafters: Sequence[LoadedDrafter], options: argparse.Namespace) -
         revision=None,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def check_prompts(options: argparse.Namespace) -> None:
+    """Raises UserError where the prompts that the options name can't be there."""
+    check_eval_prompts(options.benchmarks or (), options.benchmark_dir, options.prompts or ())
 
 
 def prompts_for(target: Target, options: argparse.Namespace) -> tuple[list[Prompt], FollowUps]:

@@ -8,9 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmarks import benchmark_rows
+from data.presets import parse_preset
 from data.prompt_sets import FollowUps, NoPromptLeft, Prompt, load_prompt_sets, load_prompts
 from drafter.errors import UserError
 from drafter.target import Target
+
+NOTHING = "nothing to measure on: pass --benchmarks, --benchmark-dir or --prompts."
+
+
+def check_eval_prompts(
+    benchmarks: Sequence[str], benchmark_dir: str | None, files: Sequence[str]
+) -> None:
+    """Checks what can be said of `load_eval_prompts`' sources before a target is loaded.
+
+    Raises:
+        UserError: Nothing is named, a file is missing, or no benchmark has that name.
+    """
+    if not (benchmarks or benchmark_dir or files):
+        raise UserError(NOTHING)
+    folder = [] if benchmark_dir is None else [Path(benchmark_dir)]
+    named = [folder[0] / f"{name}.jsonl" for name in benchmarks] if folder else []
+    if not folder:
+        benchmark_rows(benchmarks)
+    for path in [*folder, *named, *(Path(f) for f in files if parse_preset(str(f)) is None)]:
+        if not path.expanduser().exists():
+            raise UserError(f"{path}: no such file or folder of prompts")
 
 
 def load_eval_prompts(
@@ -80,13 +102,7 @@ def load_eval_prompts(
                 )
             prompts += found
     if not prompts:
-        raise (
-            empty[0]
-            if empty
-            else UserError(
-                "nothing to measure on: pass --benchmarks, --benchmark-dir or --prompts."
-            )
-        )
+        raise (empty[0] if empty else UserError(NOTHING))
     reasons = Counter((entry.set_name, entry.reason) for entry in follow_up.skipped)
     for (name, reason), count in reasons.items():
         print(f"left out: {name}: {count} x {reason}")

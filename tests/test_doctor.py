@@ -22,6 +22,7 @@ from data.rows import TokenRow
 from drafter.attention import Visibility
 from drafter.config import DrafterConfig
 from drafter.decoding import CachedDrafter
+from drafter.errors import UserError
 from drafter.evaluation import doctor
 from drafter.evaluation.conventions import Convention, Examiner, Rate, mask_candidates
 from drafter.evaluation.loading import LoadedDrafter
@@ -399,6 +400,36 @@ def test_the_verb_looks_at_a_run_and_its_rows(tmp_path, capsys):
     assert "1 likely cause: head" in capsys.readouterr().out
     found = json.loads(output.read_text())["findings"]
     assert [one["name"] for one in found if one["fault"]] == ["head"]
+
+
+def test_rows_that_are_gone_are_missed_before_a_target_is_loaded(tmp_path, capsys, monkeypatch):
+    cli(tmp_path, trainer__max_epochs=1)
+    config = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    content["data"]["train_data"] = str(tmp_path / "gone.jsonl")
+    config.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(evaluate, "target_for", lambda *_: pytest.fail("a target was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["doctor", "--ckpt", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} was trained on rows that can't be read" in said
+    assert "gone.jsonl: no such file or folder); name rows like them with --data." in said
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"]])
+def test_on_a_cpu_it_runs_in_fp32_unless_told(tmp_path, monkeypatch, flags):
+    cli(tmp_path, trainer__max_epochs=1)
+    asked = []
+
+    def load(*_, **options):
+        asked.append(options["dtype"])
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluate, "load_target", load)
+    with pytest.raises(SystemExit):
+        evaluate.main(["doctor", "--ckpt", str(tmp_path / "run"), "--device", "cpu", *flags])
+    assert asked == [flags[-1] if flags else "float32"]
 
 
 def test_without_rows_it_asks_for_some(tmp_path, capsys):

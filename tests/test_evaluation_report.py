@@ -383,7 +383,7 @@ def test_no_drafter_that_fits_is_one_sentence(place, tmp_path, capsys, change, s
     folder, _ = place
     other = tiny_target_dir(tmp_path, "llama", **change)
     with pytest.raises(SystemExit):
-        evaluate.main(["--ckpt", str(folder / "good"), "--prompts", "p.jsonl", "--target", other])
+        evaluate.main(["--ckpt", str(folder / "good"), "--prompts", __file__, "--target", other])
     error = capsys.readouterr().err
     assert said in error
     assert error.strip().splitlines()[-1].startswith("error: ")

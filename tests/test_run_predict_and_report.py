@@ -10,6 +10,8 @@ import torch
 import evaluate
 from tests.runs import ROOT, cli, find_target
 
+README, GRID = str(ROOT / "README.md"), str(ROOT / "configs/ablation/cumulative.yaml")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -80,8 +82,36 @@ def test_report_by_replay_equals_report_by_the_real_loop(trained, capsys, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt", "nowhere.ckpt", "--prompts", "p.jsonl"], "nowhere.ckpt"),
-        (["--ckpt", str(ROOT / "README.md"), "--prompts", "p.jsonl"], "not a checkpoint"),
+        (["--ckpt", "nowhere.ckpt", "--prompts", README], "nowhere.ckpt"),
+        (["--ckpt", README, "--prompts", README], "not a checkpoint"),
+        # what needs no drafter and no target is said before they are looked for
+        (["--ckpt", "nowhere.ckpt"], "nothing to measure on"),
+        (["--ckpt", "nowhere.ckpt", "--prompts", "p.jsonl"], "p.jsonl: no such file or folder"),
+        (["--ckpt", "nowhere.ckpt", "--benchmarks", "nope"], "no benchmark is named nope"),
+        (
+            ["--ckpt", "nowhere.ckpt", "--benchmarks", "nope", "--benchmark-dir", str(ROOT)],
+            "nope.jsonl: no such file or folder",
+        ),
+        (
+            ["--ckpt", "nowhere.ckpt", "--prompts", README, "--draft-length", "none.json"],
+            "evaluate.py calibrate makes it",
+        ),
+        (
+            ["--ckpt", "nowhere.ckpt", "--prompts", README, "--budget", "30"],
+            "--budget is of --search tree; give both",
+        ),
+        (
+            ["--ckpt", "nowhere.ckpt", "--prompts", README, "--search", "tree", "--drafts", "2"],
+            "--drafts is of --search self-select; give both",
+        ),
+        (
+            ["calibrate", "--ckpt", "nowhere.ckpt", "--prompts", "p.jsonl", "--output", "o.json"],
+            "p.jsonl: no such file or folder",
+        ),
+        (
+            ["ablation", "--config", GRID, "--output", "o", "--dry-run", "--benchmarks", "nope"],
+            "no benchmark is named nope",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, message, capsys):
@@ -91,6 +121,18 @@ def test_mistakes_are_one_sentence(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "wrong", "least"),
+    [("--seeds", "0", 1), ("--max-new-tokens", "0", 1), ("--limit", "0", 1), ("--skip", "-1", 0)],
+)
+def test_counts_are_checked_as_they_are_read(flag, wrong, least, capsys):
+    words = ["ablation", "--config", GRID, "--output", "o", "--dry-run", "--prompts", README]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*words, flag, wrong])
+    assert stop.value.code == 2
+    assert f"argument {flag}: {wrong} is no whole number from {least} up" in capsys.readouterr().err
 
 
 def test_a_drafter_of_another_target_is_refused(trained, tmp_path, capsys):

@@ -28,24 +28,30 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=int,
         nargs="+",
-        default=[60],
-        help="tokens of a tree; several, side by side",
+        help="tokens of a tree (default: 60); several, side by side",
     )
     parser.add_argument(
         "--drafts",
         type=int,
         nargs="+",
-        default=[4],
-        help="of self-select, with the argmax one; or several numbers",
+        help="of self-select, with the argmax one (default: 4); or several numbers",
     )
 
 
 def searches_of(options: argparse.Namespace) -> list[Search | None]:
-    """Returns the ways to search drafts that are asked for, None for the one draft."""
+    """Returns the ways to search drafts that are asked for, None for the one draft.
+
+    Raises:
+        UserError: A size is none that a search can have, or its search is not asked for.
+    """
+    for kind, flag in (("tree", "budget"), ("self-select", "drafts")):
+        if getattr(options, flag) and kind not in options.search:
+            raise UserError(f"--{flag} is of --search {kind}; give both, or neither.")
+    budgets, drafts = dict.fromkeys(options.budget or [60]), dict.fromkeys(options.drafts or [4])
     ways: dict[str, list[Search | None]] = {
         "plain": [None],
-        "tree": [Search("tree", budget=budget) for budget in dict.fromkeys(options.budget)],
-        "self-select": [Search("self-select", drafts=m) for m in dict.fromkeys(options.drafts)],
+        "tree": [Search("tree", budget=budget) for budget in budgets],
+        "self-select": [Search("self-select", drafts=count) for count in drafts],
     }
     return [search for kind in dict.fromkeys(options.search) for search in ways[kind]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     verb.add_argument("--cache", metavar="DIR", help="feature cache; default: that of the run")
     verb.add_argument("--rows", type=int, default=8, help="rows that are looked at")
     verb.add_argument("--max-length", type=int, default=1024, help="longer rows are cut to it")
-    _add_target_options(verb)
+    _add_target_options(verb, on_cpu=True)
     verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
     verb.add_argument("--output", metavar="OUT.json", help="write the findings")
 
@@ -75,10 +75,14 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
 
     verb = verbs.add_parser("ablation", help="train and measure a grid of recipes")
     verb.add_argument("--config", nargs="+", required=True, metavar="GRID.yaml")
-    verb.add_argument("--seeds", type=int, default=1, help="runs of each recipe, seeds 0, 1, ...")
+    verb.add_argument(
+        "--seeds", type=_at_least(1), default=1, help="runs of each recipe, seeds 0, 1, ..."
+    )
     _add_prompt_options(verb)
     _add_measuring_options(verb)
-    verb.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="print what is done and to do, and stop"
+    )
     verb.add_argument(
         "--budget", type=float, default=math.inf, help="seconds: begin no row that would not end"
     )
@@ -94,11 +98,18 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     if overrides and options.verb != "ablation":
         parser.error("flags after `--` are for `ablation`")
     options.overrides = overrides
-    if getattr(options, "seed", 0) < 0:
-        parser.error("--seed may not be negative")
     if str(getattr(options, "output", None)).endswith((".md", ".html", ".png")):
         parser.error("--output names the JSON file; table, plots and page are laid beside it")
     return options
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} up")
+        return int(text)
+
+    return whole
 
 
 def _add_prompt_options(verb: argparse.ArgumentParser) -> None:
@@ -113,16 +124,22 @@ def _add_prompt_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--prompts", nargs="+", metavar="FILE", help="other prompt files, sets named by their stem"
     )
-    verb.add_argument("--limit", type=int, help="prompts of each set")
-    verb.add_argument("--skip", type=int, default=0, help="prompts of each set passed over first")
+    verb.add_argument("--limit", type=_at_least(1), help="prompts of each set")
+    verb.add_argument(
+        "--skip", type=_at_least(0), default=0, help="prompts of each set passed over first"
+    )
     _add_target_options(verb)
 
 
-def _add_target_options(verb: argparse.ArgumentParser) -> None:
+def _add_target_options(verb: argparse.ArgumentParser, on_cpu: bool = False) -> None:
     verb.add_argument("--target", help="target; default: the one recorded in the checkpoint")
     verb.add_argument("--gguf-file", help="GGUF file inside the target's folder")
     verb.add_argument("--trust-remote-code", action="store_true", help="run the target's own code")
-    verb.add_argument("--dtype", help="of target and drafter; default: the run's target's")
+    verb.add_argument(
+        "--dtype",
+        help="of target and drafter; default: the run's target's"
+        + (", on a CPU float32" if on_cpu else ""),
+    )
     verb.add_argument("--device", help="default: cuda where there is one, else cpu")
 
 
@@ -130,12 +147,14 @@ def _add_measuring_options(verb: argparse.ArgumentParser, modes: bool = True) ->
     verb.set_defaults(mode="replay", audit=False)
     if modes:
         _add_mode_options(verb)
-    verb.add_argument("--max-new-tokens", type=int, default=2048)
+    verb.add_argument("--max-new-tokens", type=_at_least(1), default=2048)
     verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     verb.add_argument("--top-k", type=int, default=0)
     verb.add_argument("--top-p", type=float, default=1.0)
-    verb.add_argument("--seed", type=int, default=0, help="of sampled responses")
-    verb.add_argument("--batch-size", type=int, default=32, help="prompts generated together")
+    verb.add_argument("--seed", type=_at_least(0), default=0, help="of sampled responses")
+    verb.add_argument(
+        "--batch-size", type=_at_least(1), default=32, help="prompts generated together"
+    )
     verb.add_argument("--feature-budget-gb", type=float, default=4.0, help="kept between drafters")
     verb.add_argument("--cache-dir", help="default: ~/.cache/l2r-drafter")
     verb.add_argument("--fresh", action="store_true", help="measure again what is kept")
