@@ -51,7 +51,7 @@ def run_report(options: argparse.Namespace) -> None:
     check_audit(options, searches)
     check_prompts(options)
     if options.draft_length:
-        read_draft_length(Path(options.draft_length))
+        read_draft_length(Path(options.draft_length))  # a mistake is told before the loading
     if options.output:
         check_output(Path(options.output), options.prompts or ())
     drafters, unreadable = load_all(options.ckpt, options.block_size)

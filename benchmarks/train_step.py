@@ -141,12 +141,12 @@ def _naive_scores(ours: Ours) -> BlockScores:
 def check_specforge(case: Case, attention: str) -> dict[str, float]:
     """Holds `specforge`'s loss and gradients to ours, from the same weights at the same anchors.
 
+    Its RoPE frequencies are given back their fp32: it trains with them in bf16, since it casts the
+    whole drafter, which turns angles at position 2,000 by up to 2.4 radians.
+
     Args:
         case: Inputs.
         attention: Which of its own.
-
-    Its RoPE frequencies are given back their fp32: it trains with them in bf16, since it casts the
-    whole drafter, which turns angles at position 2,000 by up to 2.4 radians.
 
     Returns and raises as `check_ours`. It shows that both are timed at the same arithmetic.
     """

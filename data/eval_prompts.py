@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmarks import benchmark_rows
-from data.presets import parse_preset
-from data.prompt_sets import FollowUps, NoPromptLeft, Prompt, load_prompt_sets, load_prompts
+from data.prompt_sets import (
+    FollowUps,
+    NoPromptLeft,
+    Prompt,
+    load_prompt_sets,
+    load_prompts,
+    prompt_entries,
+)
+from data.sources import Source
 from drafter.errors import UserError
 from drafter.target import Target
 
@@ -24,15 +31,20 @@ def check_eval_prompts(
     Raises:
         UserError: Nothing is named, a file is missing, or no benchmark has that name.
     """
-    if not (benchmarks or benchmark_dir or files):
+    given = _files(benchmarks, benchmark_dir, files)
+    if not (given or benchmarks):
         raise UserError(NOTHING)
-    folder = [] if benchmark_dir is None else [Path(benchmark_dir)]
-    named = [folder[0] / f"{name}.jsonl" for name in benchmarks] if folder else []
-    if not folder:
+    if not benchmark_dir:
         benchmark_rows(benchmarks)
-    for path in [*folder, *named, *(Path(f) for f in files if parse_preset(str(f)) is None)]:
-        if not path.expanduser().exists():
-            raise UserError(f"{path}: no such file or folder of prompts")
+    if given:
+        prompt_entries(Source(given))
+
+
+def _files(benchmarks: Sequence[str], benchmark_dir: str | None, files: Sequence[str]) -> list[str]:
+    if not benchmark_dir:
+        return list(files)
+    named = [str(Path(benchmark_dir) / f"{name}.jsonl") for name in benchmarks]
+    return [*files, *(named or [benchmark_dir])]
 
 
 def load_eval_prompts(
@@ -75,14 +87,10 @@ def load_eval_prompts(
         "max_prompt_tokens": room,
         "skipped": follow_up.skipped,
     }
-    given = list(files)
+    given = _files(benchmarks, benchmark_dir, files)
     prompts: list[Prompt] = []
     empty: list[UserError] = []
-    if benchmark_dir:
-        folder = Path(benchmark_dir)
-        named = [str(folder / f"{name}.jsonl") for name in benchmarks]
-        given += named or [str(folder)]
-    elif benchmarks:
+    if benchmarks and not benchmark_dir:
         rows = benchmark_rows(benchmarks)
         try:
             prompts += load_prompt_sets(rows, target.tokenizer, source="benchmarks", **common)

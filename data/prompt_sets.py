@@ -15,7 +15,7 @@ from data.formats import check_range, prompt_messages, row_messages, token_ids
 from data.presets import PresetSource
 from data.render import ChatFormat, Message, TemplateRefusal
 from data.rows import TokenRow
-from data.sources import Source, read_file_leniently
+from data.sources import Entry, Source, read_file_leniently
 from drafter.errors import UserError
 from drafter.evaluation.trajectories import EvalPrompt, Skipped, Trajectory
 
@@ -85,14 +85,13 @@ def load_prompts(
     reader = Source(source, streaming=True)
     sets: dict[str, Rows] = {}
     places: dict[str, Path | str] = {}
-    for entry, files in reader.entries():
+    for entry, files in prompt_entries(reader):
         found: list[tuple[str, Path | str, Rows]]
         if isinstance(entry, PresetSource):
             found = [(entry.name, f"preset:{entry.name}", _preset_rows(reader, entry, files))]
-        elif files is None:
-            raise UserError(f"{reader.name}: no such file or folder of prompts")
         else:
-            found = [(path.name.split(".")[0], path, read_file_leniently(path)) for path in files]
+            paths = files or []
+            found = [(path.name.split(".")[0], path, read_file_leniently(path)) for path in paths]
         for name, place, rows in found:
             if name in sets:
                 raise UserError(f"{place} and {places[name]}: two prompt sets are named {name!r}")
@@ -108,6 +107,14 @@ def load_prompts(
         skipped=skipped,
         source=reader.name,
     )
+
+
+def prompt_entries(reader: Source) -> list[Entry]:
+    """Returns a source's entries; raises UserError if one is missing: of the hub, only presets."""
+    entries = reader.entries()
+    if any(files is None and isinstance(entry, str) for entry, files in entries):
+        raise UserError(f"{reader.name}: no such file or folder of prompts")
+    return entries
 
 
 def _preset_rows(reader: Source, preset: PresetSource, files: list[Path] | None) -> Rows:

@@ -52,8 +52,6 @@ def sample_rows(
     Raises:
         UserError: Neither is named, or what is named can't be used.
     """
-    if count < 1:
-        raise UserError(f"--rows is {count}; give at least 1.")
     header = _header_ids(target)
     if cache is not None:
         kept = CachedRows(cache, read_manifest(cache).part(TRAIN))

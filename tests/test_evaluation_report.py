@@ -23,6 +23,7 @@ from drafter.evaluation.trajectories import (
 from drafter.rounds import count_decoded
 from drafter.sampling import Sampling
 from drafter.target import Target
+from tests.runs import ROOT
 from tests.tiny import tiny_target_dir, tiny_tokenizer
 from tests.tiny_drafters import overfitted_drafter
 
@@ -382,8 +383,9 @@ def test_what_cannot_be_measured_is_named_counted_and_passed_over(place, tmp_pat
 def test_no_drafter_that_fits_is_one_sentence(place, tmp_path, capsys, change, said):
     folder, _ = place
     other = tiny_target_dir(tmp_path, "llama", **change)
+    prompts = str(ROOT / "assets/showcase.jsonl")
     with pytest.raises(SystemExit):
-        evaluate.main(["--ckpt", str(folder / "good"), "--prompts", __file__, "--target", other])
+        evaluate.main(["--ckpt", str(folder / "good"), "--prompts", prompts, "--target", other])
     error = capsys.readouterr().err
     assert said in error
     assert error.strip().splitlines()[-1].startswith("error: ")

@@ -10,7 +10,7 @@ import torch
 import evaluate
 from tests.runs import ROOT, cli, find_target
 
-README, GRID = str(ROOT / "README.md"), str(ROOT / "configs/ablation/cumulative.yaml")
+PROMPTS, GRID = str(ROOT / "assets/showcase.jsonl"), str(ROOT / "configs/ablation/cumulative.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def test_report_by_replay_equals_report_by_the_real_loop(trained, capsys, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt", "nowhere.ckpt", "--prompts", README], "nowhere.ckpt"),
-        (["--ckpt", README, "--prompts", README], "not a checkpoint"),
+        (["--ckpt", "nowhere.ckpt", "--prompts", PROMPTS], "nowhere.ckpt"),
+        (["--ckpt", str(ROOT / "README.md"), "--prompts", PROMPTS], "not a checkpoint"),
         # what needs no drafter and no target is said before they are looked for
         (["--ckpt", "nowhere.ckpt"], "nothing to measure on"),
         (["--ckpt", "nowhere.ckpt", "--prompts", "p.jsonl"], "p.jsonl: no such file or folder"),
@@ -93,15 +93,15 @@ def test_report_by_replay_equals_report_by_the_real_loop(trained, capsys, monkey
             "nope.jsonl: no such file or folder",
         ),
         (
-            ["--ckpt", "nowhere.ckpt", "--prompts", README, "--draft-length", "none.json"],
+            ["--ckpt", "nowhere.ckpt", "--prompts", PROMPTS, "--draft-length", "none.json"],
             "evaluate.py calibrate makes it",
         ),
         (
-            ["--ckpt", "nowhere.ckpt", "--prompts", README, "--budget", "30"],
+            ["--ckpt", "nowhere.ckpt", "--prompts", PROMPTS, "--budget", "30"],
             "--budget is of --search tree; give both",
         ),
         (
-            ["--ckpt", "nowhere.ckpt", "--prompts", README, "--search", "tree", "--drafts", "2"],
+            ["--ckpt", "nowhere.ckpt", "--prompts", PROMPTS, "--search", "tree", "--drafts", "2"],
             "--drafts is of --search self-select; give both",
         ),
         (
@@ -128,11 +128,18 @@ def test_mistakes_are_one_sentence(arguments, message, capsys):
     [("--seeds", "0", 1), ("--max-new-tokens", "0", 1), ("--limit", "0", 1), ("--skip", "-1", 0)],
 )
 def test_counts_are_checked_as_they_are_read(flag, wrong, least, capsys):
-    words = ["ablation", "--config", GRID, "--output", "o", "--dry-run", "--prompts", README]
+    words = ["ablation", "--config", GRID, "--output", "o", "--dry-run", "--prompts", PROMPTS]
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*words, flag, wrong])
     assert stop.value.code == 2
     assert f"argument {flag}: {wrong} is no whole number from {least} up" in capsys.readouterr().err
+
+
+def test_doctor_looks_at_a_row_at_least(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["doctor", "--ckpt", "nowhere.ckpt", "--rows", "0"])
+    assert stop.value.code == 2
+    assert "argument --rows: 0 is no whole number from 1 up" in capsys.readouterr().err
 
 
 def test_a_drafter_of_another_target_is_refused(trained, tmp_path, capsys):

@@ -28,13 +28,13 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=int,
         nargs="+",
-        help="tokens of a tree (default: 60); several, side by side",
+        help=f"tokens of a tree (default: {Search.budget}); several, side by side",
     )
     parser.add_argument(
         "--drafts",
         type=int,
         nargs="+",
-        help="of self-select, with the argmax one (default: 4); or several numbers",
+        help=f"of self-select, with the argmax one (default: {Search.drafts}); or several numbers",
     )
 
 
@@ -47,7 +47,8 @@ def searches_of(options: argparse.Namespace) -> list[Search | None]:
     for kind, flag in (("tree", "budget"), ("self-select", "drafts")):
         if getattr(options, flag) and kind not in options.search:
             raise UserError(f"--{flag} is of --search {kind}; give both, or neither.")
-    budgets, drafts = dict.fromkeys(options.budget or [60]), dict.fromkeys(options.drafts or [4])
+    budgets = dict.fromkeys(options.budget or [Search.budget])
+    drafts = dict.fromkeys(options.drafts or [Search.drafts])
     ways: dict[str, list[Search | None]] = {
         "plain": [None],
         "tree": [Search("tree", budget=budget) for budget in budgets],

@@ -63,9 +63,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
         "--data", nargs="+", metavar="FILE", help="training rows; default: those of the run"
     )
     verb.add_argument("--cache", metavar="DIR", help="feature cache; default: that of the run")
-    verb.add_argument("--rows", type=int, default=8, help="rows that are looked at")
+    verb.add_argument("--rows", type=_at_least(1), default=8, help="rows that are looked at")
     verb.add_argument("--max-length", type=int, default=1024, help="longer rows are cut to it")
-    _add_target_options(verb, on_cpu=True)
+    _add_target_options(verb, "the run's target's, on a CPU float32")
     verb.add_argument("--block-size", type=int, help="K to decode with; default: as trained")
     verb.add_argument("--output", metavar="OUT.json", help="write the findings")
 
@@ -131,15 +131,11 @@ def _add_prompt_options(verb: argparse.ArgumentParser) -> None:
     _add_target_options(verb)
 
 
-def _add_target_options(verb: argparse.ArgumentParser, on_cpu: bool = False) -> None:
+def _add_target_options(verb: argparse.ArgumentParser, dtype: str = "the run's target's") -> None:
     verb.add_argument("--target", help="target; default: the one recorded in the checkpoint")
     verb.add_argument("--gguf-file", help="GGUF file inside the target's folder")
     verb.add_argument("--trust-remote-code", action="store_true", help="run the target's own code")
-    verb.add_argument(
-        "--dtype",
-        help="of target and drafter; default: the run's target's"
-        + (", on a CPU float32" if on_cpu else ""),
-    )
+    verb.add_argument("--dtype", help=f"of target and drafter; default: {dtype}")
     verb.add_argument("--device", help="default: cuda where there is one, else cpu")
 
 
